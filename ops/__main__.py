@@ -1,0 +1,22 @@
+"""The command line. A new command is one module with one click command and one line here."""
+
+import click
+
+from ops import course, lock, roundtrip, smoke, train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Run the course, train and approve releases, check what runs."""
+
+
+cli.add_command(course.course)
+cli.add_command(train.train)
+cli.add_command(train.approve)
+cli.add_command(train.ledger)
+cli.add_command(smoke.smoke)
+cli.add_command(lock.lock)
+cli.add_command(roundtrip.roundtrip)
+
+if __name__ == "__main__":
+    cli(prog_name="python -m ops")

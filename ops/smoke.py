@@ -1,0 +1,88 @@
+"""Smoke test of a running service: is it alive, ready, and does it answer what training answered?"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import click
+
+from ops import ROOT
+
+TIMEOUT_S = 5.0
+# How many golden cases are asked over the network; the service itself replays all of them at start.
+CASES = 5
+
+
+class Failed(click.ClickException):
+    """The service did not answer as it must; the exit code is 1."""
+
+
+@click.command(short_help="Ask a running service for predictions and check the answers.")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the service answers.")
+def smoke(url: str) -> None:
+    """Check /health, /ready and /v1/model, then send golden requests of the served version.
+
+    The answers must have the documented fields and, if the served version is an approved release, its recorded
+    probabilities. Outside dev the key is read from the environment variable API_KEY.
+    """
+    import httpx
+
+    key = os.environ.get("API_KEY")
+    headers = {"X-API-Key": key} if key else {}
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=headers) as client:
+        try:
+            model = check_up(client)
+            count = check_answers(client, model)
+        except httpx.HTTPError as error:
+            raise Failed(f"{url} does not answer ({type(error).__name__}); start it with `make run`") from error
+    click.echo(f"ok: {url} serves {model['version']} ({model['digest'][:19]}), {count} predictions checked")
+
+
+def get(client: Any, path: str) -> Any:
+    """GET a path and return its JSON. Raises `Failed` for anything but 200."""
+    answer = client.get(path)
+    if answer.status_code != 200:
+        raise Failed(f"GET {path} answered {answer.status_code}: {answer.text[:300]}")
+    return answer.json()
+
+
+def check_up(client: Any) -> dict[str, Any]:
+    """Alive, ready, and able to say which model it serves."""
+    get(client, "/health")
+    get(client, "/ready")
+    model: dict[str, Any] = get(client, "/v1/model")
+    return model
+
+
+def golden_of(version: str) -> dict[str, Any]:
+    """Golden cases of an approved release; those of the newest one, for their requests only, if not approved."""
+    from mlops_course.blueprint import parse_version
+
+    folder = ROOT / "ops" / "releases"
+    names = [path.parent.name for path in folder.glob("*/golden.json")]
+    if not names:
+        raise Failed("no approved release in ops/releases: there are no golden cases to send")
+    known = version if version in names else max(names, key=parse_version)
+    golden: dict[str, Any] = json.loads((folder / known / "golden.json").read_text())
+    return golden | {"exact": known == version}
+
+
+def check_answers(client: Any, model: dict[str, Any]) -> int:
+    """Send golden requests. Fields, bounds and decision are always checked, the probability where it is recorded."""
+    golden = golden_of(model["version"])
+    # The answer is rounded to four decimals, which may move it by half of the last one.
+    tolerance = golden["tolerance"] + 0.5e-4
+    for case in golden["cases"][:CASES]:
+        answer = client.post("/v1/predict", json=case["request"])
+        if answer.status_code != 200:
+            raise Failed(f"POST /v1/predict answered {answer.status_code}: {answer.text[:300]}")
+        body = answer.json()
+        if missing := {"request_id", "prediction", "probability", "threshold", "model_version"} - body.keys():
+            raise Failed(f"the answer lacks {', '.join(sorted(missing))}")
+        if not 0 <= body["probability"] <= 1 or body["model_version"] != model["version"]:
+            raise Failed(f"implausible answer: {body}")
+        if golden["exact"] and abs(body["probability"] - case["probability"]) > tolerance:
+            raise Failed(f"probability {body['probability']}, recorded {case['probability']}: another model?")
+    return CASES
