@@ -5,21 +5,23 @@ __all__ = ['RECIPES', 'THRESHOLDS', 'MIN_TRAIN_ROWS', 'DISRUPTED_RANGE', 'MAX_MI
            'logistic_pipeline', 'boosting_pipeline', 'Recipe', 'one_thread', 'fit', 'scores', 'search',
            'cost_per_flight', 'choose_threshold', 'warned_first', 'recall_at_budget', 'calibration_table',
            'calibration_error', 'headline_metrics', 'decision_metrics', 'day_weights', 'day_bootstrap', 'middle_95',
-           'by_segment', 'error_samples', 'to_onnx', 'onnx_scores', 'parity', 'joblib_bytes', 'training_hashes',
-           'data_summary', 'contract_summary', 'evaluate', 'Trained', 'assess', 'GateResult', 'GateRefusal',
-           'criterion_gate', 'quality_gates', 'data_gate', 'split_gate', 'leak_gate', 'releases_folder',
+           'by_segment', 'draw_confusion', 'error_samples', 'to_onnx', 'onnx_scores', 'parity', 'joblib_bytes',
+           'training_hashes', 'data_summary', 'inputs_sha256', 'parameters', 'evaluate', 'Trained', 'assess',
+           'GateResult', 'GateRefusal', 'criterion_gate', 'quality_gates', 'data_gate', 'split_gate', 'leak_gate',
            'approved_metrics', 'last_approved', 'drop_gate', 'version_gate', 'repeat_gate', 'run_gates', 'require',
            'as_request', 'golden_flights', 'golden_cases', 'png', 'model_card', 'provenance', 'release_record',
-           'artifact_files', 'describe', 'package', 'train_release']
+           'artifact_files', 'describe', 'evidence_gate', 'package', 'train_release']
 
-# %% ../chapters/02_training.ipynb #dcf62900
+# %% ../chapters/02_training.ipynb #6f0731f5
 import hashlib
 import io
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +40,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from threadpoolctl import threadpool_limits
 
-# %% ../chapters/02_training.ipynb #d4b72f5b
+# %% ../chapters/02_training.ipynb #e427d101
 from mlops_course.blueprint import (
     ALERT_BUDGET,
     CATEGORICAL,
@@ -67,6 +69,7 @@ from mlops_course.blueprint import (
     parse_version,
     project_root,
     register,
+    releases_folder,
     sha256_file,
     split_by_time,
     split_ledger,
@@ -96,10 +99,10 @@ def logistic_pipeline(
     )
     return Pipeline([("prepare", prepare), ("model", LogisticRegression(C=C, max_iter=1000, tol=1e-6))])
 
-# %% ../chapters/02_training.ipynb #ffbc3f14
+# %% ../chapters/02_training.ipynb #0b5dd258
 def boosting_pipeline(
     leaves: int = 15,  # leaves a tree
-    trees: int = 150,  # boosting rounds
+    trees: int = 100,  # boosting rounds
 ) -> Pipeline:
     "Ordinal categories (unknown ones count as missing), numbers as they are, monotone in the recent delay."
     prepare = ColumnTransformer(
@@ -121,7 +124,7 @@ def boosting_pipeline(
     )
     return Pipeline([("prepare", prepare), ("model", model)])
 
-# %% ../chapters/02_training.ipynb #51e0a743
+# %% ../chapters/02_training.ipynb #fa561255
 class Recipe(BaseModel):
     "How one version is trained: the pipeline, what was searched, and what changed."
 
@@ -130,7 +133,7 @@ class Recipe(BaseModel):
     version: str
     title: str
     pipeline: Literal["logistic", "boosting"]
-    search: tuple[dict[str, float], ...]  # every setting that is tried; the best on validation wins
+    search: tuple[dict[str, int | float], ...]  # every setting that is tried; the best on validation wins
     preprocessing: tuple[str, ...]  # the steps inside the graph, in words
     changes: str  # entry for the changelog
 
@@ -192,17 +195,16 @@ def scores(
     with one_thread():
         return pipeline.predict_proba(model_input(flights))[:, 1]
 
-# %% ../chapters/02_training.ipynb #a3cf671b
+# %% ../chapters/02_training.ipynb #401f471c
 def search(
     recipe: Recipe,  # what to try
     train: pd.DataFrame,  # fitted on these rows
     validation: pd.DataFrame,  # compared on these
-) -> tuple[Pipeline, list[dict[str, float]]]:
+) -> tuple[Pipeline, list[dict[str, int | float]]]:
     "Fit every setting; returns the best pipeline and all settings with their validation ROC AUC."
     tried, fitted = [], []
     for setting in recipe.search:
-        values = {name: value if name == "C" else int(value) for name, value in setting.items()}
-        fitted.append(fit(_BUILD[recipe.pipeline](**values), train))
+        fitted.append(fit(_BUILD[recipe.pipeline](**setting), train))
         auc = roc_auc_score(validation[LABEL], scores(fitted[-1], validation))
         tried.append({**setting, "validation_roc_auc": round(float(auc), 6)})
     best = max(range(len(tried)), key=lambda i: tried[i]["validation_roc_auc"])
@@ -241,22 +243,22 @@ def warned_first(
     rank = pd.Series(score).groupby(day).rank(ascending=False, method="first", pct=True)
     return (rank <= budget).to_numpy()
 
-# %% ../chapters/02_training.ipynb #5b4bbf4b
+# %% ../chapters/02_training.ipynb #fb770411
 def recall_at_budget(
     flights: pd.DataFrame,  # with the label and `scheduled_departure`
     score: np.ndarray,  # (n,) probabilities
     budget: float = ALERT_BUDGET,  # share of a day's flights that can be warned
 ) -> float:
-    "Of the disrupted flights, the share among the riskiest `budget` of each day."
+    "Of the disrupted flights, the share among the riskiest `budget` of each day, with the whole day known."
     within = warned_first(flights, score, budget)
     return float((flights[LABEL].to_numpy() & within).sum() / flights[LABEL].sum())
 
-# %% ../chapters/02_training.ipynb #3afceac3
+# %% ../chapters/02_training.ipynb #36bf1a89
 def calibration_table(
     label: np.ndarray,  # (n,) 0 or 1
     score: np.ndarray,  # (n,) probabilities
     bins: int = 10,  # groups of equal size, by score
-) -> list[dict[str, float]]:
+) -> list[dict[str, int | float]]:
     "For each group: mean score, share disrupted, rows."
     groups = np.array_split(np.argsort(score, kind="stable"), bins)
     return [
@@ -369,6 +371,27 @@ def by_segment(
         for name, part in table.groupby("group")
     }
 
+# %% ../chapters/02_training.ipynb #a13dc2c6
+def draw_confusion(
+    decisions: Mapping[str, float],  # as `decision_metrics` returns them
+) -> Callable[[Any], None]:
+    "A function that draws the confusion matrix on given axes."
+
+    def draw(ax: Any) -> None:
+        counts = np.array(
+            [
+                [decisions["left_alone"], decisions["false_warnings"]],
+                [decisions["missed"], decisions["warned_disrupted"]],
+            ]
+        )
+        ax.imshow(counts, cmap="Blues", vmin=0, vmax=counts.sum())
+        for (row, column), count in np.ndenumerate(counts):
+            ax.text(column, row, f"{count:,.0f}", ha="center", va="center")
+        ax.set(xticks=[0, 1], xticklabels=["left alone", "warned"], yticks=[0, 1], yticklabels=["on time", "disrupted"])
+        ax.set_title("Decisions, locked test month")
+
+    return draw
+
 # %% ../chapters/02_training.ipynb #f76e6ab7
 def error_samples(
     flights: pd.DataFrame,  # rows with labels
@@ -461,10 +484,23 @@ def data_summary(
         "missing": {n: round(float(flights[n].isna().mean()), 6) for n in NUMERIC},
     }
 
-# %% ../chapters/02_training.ipynb #33297fc3
-def contract_summary() -> dict[str, str]:
+# %% ../chapters/02_training.ipynb #73589e74
+def inputs_sha256() -> str:
     "Fingerprint of the input contract: SHA-256 over every input column."
-    return {"inputs_sha256": hashlib.sha256(canonical_json([c.model_dump() for c in INPUTS])).hexdigest()}
+    return hashlib.sha256(canonical_json([column.model_dump() for column in INPUTS])).hexdigest()
+
+# %% ../chapters/02_training.ipynb #b35deb41
+def parameters(
+    pipeline: Pipeline,  # fitted or not
+) -> dict[str, Any]:
+    "Every plain setting of every step: the fingerprint of the pipeline, readable."
+    plain = (bool, int, float, str, list, type(None))
+    found = pipeline.get_params().items()
+    return {
+        n: str(v) if v != v else v
+        for n, v in found
+        if isinstance(v, plain) and not n.endswith(("steps", "transformers"))
+    }
 
 # %% ../chapters/02_training.ipynb #6d5c4463
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
@@ -500,31 +536,32 @@ class Trained(BaseModel):
     threshold: float
     metrics: dict[str, Any]  # metrics.json
 
-# %% ../chapters/02_training.ipynb #f873d3b0
+# %% ../chapters/02_training.ipynb #63c824ff
 _USED = ("train", "validation", "test")
 
 
-def _inputs_evidence(splits: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    "What went in: features, fingerprints of contract, data and splits, and the data gate's summary."
+def _inputs_evidence(pipeline: Pipeline, splits: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    "What went in: what the pipeline was fitted on, fingerprints of contract, data and splits, the data's summary."
     train = splits["train"]
     return {
-        "features": list(FEATURES),
+        "features": [str(name) for name in pipeline.feature_names_in_],
+        "parameters": parameters(pipeline),
         "features_sha256": features_sha256(train),
-        **contract_summary(),
+        "inputs_sha256": inputs_sha256(),
         "dataset_sha256": dataset_sha256(),
         "ledger": split_ledger({name: splits[name] for name in _USED}),
         "data": data_summary(train),
     }
 
-# %% ../chapters/02_training.ipynb #21c62c32
+# %% ../chapters/02_training.ipynb #2dfd3093
 def assess(
     recipe: Recipe,  # what was trained
     pipeline: Pipeline,  # fitted
-    tried: list[dict[str, float]],  # the recorded search
+    tried: list[dict[str, int | float]],  # the recorded search
     splits: Mapping[str, pd.DataFrame],  # train, validation, test
     rounds: int = 200,  # resamples for the intervals
 ) -> Trained:
-    "Choose the threshold on validation, look at the test once, and collect all evidence."
+    "Choose the threshold on validation, judge on the test month, and collect all evidence."
     train, validation, test = (splits[name] for name in _USED)
     base, graph = float(train[LABEL].mean()), to_onnx(pipeline)
     score = {name: scores(pipeline, splits[name]) for name in _USED}
@@ -539,7 +576,7 @@ def assess(
         "onnx_parity": float(f"{parity(pipeline, graph, test):.3g}"),
     }
     about = {"version": recipe.version, "title": recipe.title, "threshold": threshold, "search": tried}
-    metrics = {**about, **_inputs_evidence(splits), **outputs}
+    metrics = {**about, **_inputs_evidence(pipeline, splits), **outputs}
     return Trained(recipe=recipe, pipeline=pipeline, graph=graph, threshold=threshold, metrics=metrics)
 
 # %% ../chapters/02_training.ipynb #612b7619
@@ -664,11 +701,6 @@ def leak_gate(
         )
     return GateResult(gate="features", passed=True, detail=f"{len(metrics['features'])} features known in time")
 
-# %% ../chapters/02_training.ipynb #73563311
-def releases_folder() -> Path:
-    "Where the records of approved releases are committed: `ops/releases`."
-    return project_root() / "ops" / "releases"
-
 # %% ../chapters/02_training.ipynb #8da9b884
 def approved_metrics(
     version: str,  # a version
@@ -689,7 +721,7 @@ def last_approved(
     older = [n for n in names if parse_version(n) < parse_version(version)]
     return approved_metrics(max(older, key=parse_version), folder) if older else None
 
-# %% ../chapters/02_training.ipynb #c775b5bb
+# %% ../chapters/02_training.ipynb #5cd0ec77
 def drop_gate(
     metrics: Mapping[str, Any],  # the candidate's
     approved: Mapping[str, Any] | None,  # the last approved release's; None for the first release
@@ -697,6 +729,13 @@ def drop_gate(
     "ROC AUC on the locked test may fall by the criterion's limit at most."
     if approved is None:
         return GateResult(gate="roc_auc_drop", passed=True, detail="first release: nothing to compare with")
+    if metrics["ledger"]["test"]["rows_sha256"] != approved["ledger"]["test"]["rows_sha256"]:
+        return GateResult(
+            gate="roc_auc_drop",
+            passed=False,
+            detail=f"not the rows of {approved['version']}",
+            causes="a changed test month or data set: approve a new baseline on the new rows first",
+        )
     before, now = approved["test"]["metrics"]["roc_auc"], metrics["test"]["metrics"]["roc_auc"]
     result = criterion_gate(
         "roc_auc_drop",
@@ -705,7 +744,7 @@ def drop_gate(
     )
     return result.model_copy(update={"detail": f"{result.detail} ({approved['version']}: {before:.4f}, now {now:.4f})"})
 
-# %% ../chapters/02_training.ipynb #d35c4503
+# %% ../chapters/02_training.ipynb #f21b5d80
 def version_gate(
     metrics: Mapping[str, Any],  # the candidate's
     approved: Mapping[str, Any] | None,  # the last approved release's
@@ -714,12 +753,11 @@ def version_gate(
     if approved is None:
         return GateResult(gate="version", passed=True, detail="first release")
     new, old = parse_version(metrics["version"]), parse_version(approved["version"])
-    same_data = metrics["dataset_sha256"] == approved["dataset_sha256"]
     problem = ""
     if metrics["inputs_sha256"] != approved["inputs_sha256"] and new[0] <= old[0]:
         problem = f"the input contract changed since {approved['version']}: raise the major version"
-    elif same_data and metrics["features_sha256"] != approved["features_sha256"] and new[:2] <= old[:2]:
-        problem = f"the feature engineering changed since {approved['version']}: raise the minor version"
+    elif metrics["features_sha256"] != approved["features_sha256"] and new[:2] <= old[:2]:
+        problem = f"the feature engineering or its data changed since {approved['version']}: raise the minor version"
     return GateResult(
         gate="version",
         passed=not problem,
@@ -727,21 +765,25 @@ def version_gate(
         causes="a change in chapter 1 that was meant to be a refactoring, or a forgotten version",
     )
 
-# %% ../chapters/02_training.ipynb #421c34be
+# %% ../chapters/02_training.ipynb #5f2c1ef2
+_FIXED = ("inputs_sha256", "features_sha256", "dataset_sha256", "parameters", "threshold")
+
+
 def repeat_gate(
     metrics: Mapping[str, Any],  # the candidate's
     same: Mapping[str, Any] | None,  # the approved metrics of the same version, if there are any
 ) -> GateResult:
-    "Training an approved version again gives its metrics again."
+    "Training an approved version again uses its inputs and settings, and gives its metrics again."
+    causes = "code, data or libraries changed under the same version: raise the version"
     if same is None:
         return GateResult(gate="reproducibility", passed=True, detail="not approved before")
+    if changed := [name for name in _FIXED if metrics[name] != same[name]]:
+        detail = f"{', '.join(changed)} changed under the approved version {same['version']}"
+        return GateResult(gate="reproducibility", passed=False, detail=detail, causes=causes)
     old, new = same["test"]["metrics"], metrics["test"]["metrics"]
-    worst = max(old, key=lambda name: abs(old[name] - new[name]))
-    result = criterion_gate(
-        "reproducibility",
-        abs(old[worst] - new[worst]),
-        "code, data or libraries changed under the same version: raise the version",
-    )
+    moved = {name: abs(old[name] - new[name]) for name in old}
+    worst = max(moved, key=lambda name: math.inf if math.isnan(moved[name]) else moved[name])
+    result = criterion_gate("reproducibility", moved[worst], causes)
     return result.model_copy(update={"detail": f"{result.detail} (largest: {worst})"})
 
 # %% ../chapters/02_training.ipynb #0552a52e
@@ -840,15 +882,15 @@ def _draw_calibration(evidence: Mapping[str, Any]) -> Callable[[Any], None]:
 
     return draw
 
-# %% ../chapters/02_training.ipynb #642d38a5
+# %% ../chapters/02_training.ipynb #fefa6780
 def _draw_scores(label: np.ndarray, score: np.ndarray, threshold: float) -> Callable[[Any], None]:
     "How the scores of disrupted and other flights are spread."
 
     def draw(ax: Any) -> None:
         for value, name, color in ((0, "on time", "#4477aa"), (1, "disrupted", "#ee6677")):
-            ax.hist(score[label == value], bins=40, range=(0, 1), alpha=0.6, label=name, color=color)
-        ax.axvline(threshold, color="black", lw=1)
-        ax.set(xlabel="probability (line: threshold)", ylabel="flights", title="Scores, locked test month")
+            ax.hist(score[label == value], 40, (0, 1), density=True, alpha=0.6, label=name, color=color)
+        ax.axvline(threshold, color="black", lw=1, label=f"threshold {threshold:g}")
+        ax.set(xlabel="probability", ylabel="density in each group", title="Scores, locked test month")
         ax.legend()
 
     return draw
@@ -878,7 +920,7 @@ def model_card(
         **{**test, **decisions},
     )
 
-# %% ../chapters/02_training.ipynb #88c2d3da
+# %% ../chapters/02_training.ipynb #dc861608
 _CARD = """# {name} {version}: {title}
 
 {changes}
@@ -887,7 +929,7 @@ _CARD = """# {name} {version}: {title}
 late or more, of being cancelled or diverted. It supports a desk that can warn a quarter of the flights. It
 is not made for safety decisions, for other airports, or for other years without new evidence.
 
-**Data.** Trained on January to June 2013, threshold chosen on July, tested once on August. Labels come after
+**Data.** Trained on January to June 2013, threshold chosen on July, judged on August. Labels come after
 landing.
 
 **Inside.**
@@ -904,7 +946,7 @@ Warning the riskiest quarter of each day finds {recall_at_budget:.1%} of the dis
 |---|---|---|---|
 {origins}
 
-**Known limits.** Probabilities are too high in calm months. Breakdowns and missing crews are not in the data.
+**Known limits.** Probabilities drift with the season. Breakdowns and missing crews are not in the data.
 A new airline or airport is treated as unknown.
 """
 
@@ -920,28 +962,30 @@ def _git(*arguments: str) -> str:
         return ""
     return done.stdout.strip()
 
-# %% ../chapters/02_training.ipynb #d193253a
+# %% ../chapters/02_training.ipynb #4420544d
 _SOURCES = (
     "chapters/01_blueprint.ipynb",
     "chapters/02_training.ipynb",
     "chapters/data",
-    "mlops_course",
+    "mlops_course/blueprint.py",
+    "mlops_course/training.py",
     "requirements.lock",
 )
 
 
 def provenance() -> Provenance:
-    "Commit, its time, lock fingerprint, library versions and platform of this training."
+    "Commit, its time (UTC), lock fingerprint, library versions and platform of this training."
     dirty = "-dirty" if _git("status", "--porcelain", "--", *_SOURCES) else ""
+    time = _git("log", "-1", "--format=%cI")
     return Provenance(
         git_sha=(_git("rev-parse", "HEAD") or "unknown") + dirty,
-        trained_at=_git("log", "-1", "--format=%cI") or "unknown",
+        trained_at=datetime.fromisoformat(time).astimezone(UTC).isoformat() if time else "unknown",
         lock_sha256=sha256_file(project_root() / "requirements.lock"),
         dependencies={name: installed_version(name) for name in _SHAPING},
         platform=f"{platform.system()} {platform.machine()}",
     )
 
-# %% ../chapters/02_training.ipynb #9d946c1d
+# %% ../chapters/02_training.ipynb #17fe353c
 def release_record(
     trained: Trained,  # the candidate
     results: Sequence[GateResult],  # what the gates said
@@ -954,6 +998,7 @@ def release_record(
         "version": trained.recipe.version,
         "changes": trained.recipe.changes,
         "compared_with": before["version"] if before else None,
+        "decisions": {"now": trained.metrics["test"]["decisions"], "before": before and before["test"]["decisions"]},
         "gates": [r.model_dump(exclude={"causes"}) for r in results if r.gate != "reproducibility"],
     }
 
@@ -964,7 +1009,7 @@ def _parquet(table: pd.DataFrame) -> bytes:
     table.to_parquet(buffer, index=False)
     return buffer.getvalue()
 
-# %% ../chapters/02_training.ipynb #c3d74942
+# %% ../chapters/02_training.ipynb #fc46c685
 def artifact_files(
     trained: Trained,  # the candidate
     results: Sequence[GateResult],  # what the gates said
@@ -987,6 +1032,7 @@ def artifact_files(
         "predictions.parquet": _parquet(told),
         "errors.csv": error_samples(test, score).round(6).to_csv(index=False).encode(),
         "calibration.png": png(_draw_calibration(evidence)),
+        "confusion.png": png(draw_confusion(evidence["decisions"])),
         "scores.png": png(_draw_scores(label, score, trained.threshold)),
     }
 
@@ -1017,7 +1063,25 @@ def describe(
     approved = Manifest.model_validate_json(path.read_bytes()) if path.exists() else manifest
     return approved if approved.same_content(manifest) else manifest
 
-# %% ../chapters/02_training.ipynb #712f8026
+# %% ../chapters/02_training.ipynb #77e69f73
+def evidence_gate(
+    trained: Trained,  # the candidate
+    test: pd.DataFrame,  # the test rows
+) -> GateResult:
+    "The graph that will be shipped reaches the ROC AUC that the evidence claims."
+    found = float(roc_auc_score(test[LABEL], onnx_scores(trained.graph, test)))
+    claimed = trained.metrics["test"]["metrics"]["roc_auc"]
+    return GateResult(
+        gate="evidence",
+        passed=abs(found - claimed) <= _EVIDENCE_TOLERANCE,
+        detail=f"model.onnx reaches {found:.4f}, metrics.json says {claimed:.4f}",
+        causes="metrics of another model, or a model changed after it was judged",
+    )
+
+
+_EVIDENCE_TOLERANCE = 1e-4  # ROC AUC; 32-bit scores may swap a few equal pairs
+
+# %% ../chapters/02_training.ipynb #02a2c5c8
 def package(
     trained: Trained,  # the candidate
     splits: Mapping[str, pd.DataFrame],  # train and test are used
@@ -1025,7 +1089,7 @@ def package(
     folder: Path | None = None,  # approved releases; `ops/releases` if not given
 ) -> tuple[Path, str]:
     "Pass the gates, then write and register the artifact. Returns its folder and digest."
-    results = run_gates(trained.metrics, folder)
+    results = [*run_gates(trained.metrics, folder), evidence_gate(trained, splits["test"])]
     require(trained.recipe.version, results)
     files = artifact_files(trained, results, splits, folder)
     place, digest = write_artifact(shelf, files, lambda hashes: describe(trained, hashes, folder))

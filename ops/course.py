@@ -202,13 +202,13 @@ def quiet_environment() -> None:
 
 
 def print_table(results: list[Result], build: Path) -> None:
-    """Print the closing table and where the pages are."""
+    """Print the closing table and where the pages are; keep what was printed in BUILD/course.txt."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     # Without a terminal rich assumes 80 columns, which breaks the numbers over too many lines.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, record=True)
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
     table.add_column("Chapter", footer="total")
     table.add_column("Built", ratio=1)
@@ -221,6 +221,7 @@ def print_table(results: list[Result], build: Path) -> None:
     console.print(
         f"Executed notebooks and HTML pages: {build / 'chapters'}", markup=False, highlight=False, soft_wrap=True
     )
+    (build / "course.txt").write_text(console.export_text(), encoding="utf-8")
 
 
 def write_summary(results: list[Result], target: Path) -> None:
@@ -240,9 +241,9 @@ def write_summary(results: list[Result], target: Path) -> None:
 def course(selection: str | None, artifacts: Path, build: Path, chapters_dir: Path) -> None:
     """Run the chapters in order on the full data.
 
-    Each chapter gets the parameters `artifacts_root` and `build_root`. The executed notebooks and their
-    HTML pages go to BUILD/chapters, the closing table also to BUILD/course.json. A failing cell stops the
-    run with exit code 1.
+    Each chapter gets the parameters `artifacts_root` and `build_root`. The executed notebooks and their HTML
+    pages go to BUILD/chapters, the closing table also to BUILD/course.json and BUILD/course.txt. A failing cell
+    stops the run with exit code 1.
     """
     quiet_environment()
     artifacts, build, chapters_dir = artifacts.resolve(), build.resolve(), chapters_dir.resolve()

@@ -20,8 +20,8 @@ class Failed(click.ClickException):
 
 
 @click.command(short_help="Ask a running service for predictions and check the answers.")
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the service answers.")
-def smoke(url: str) -> None:
+@click.option("--url", help="Where the service answers. Default: this machine, the port in PORT or 8000.")
+def smoke(url: str | None) -> None:
     """Check /health, /ready and /v1/model, then send golden requests of the served version.
 
     The answers must have the documented fields and, if the served version is an approved release, its recorded
@@ -29,6 +29,7 @@ def smoke(url: str) -> None:
     """
     import httpx
 
+    url = url or f"http://127.0.0.1:{os.environ.get('PORT', '8000')}"
     key = os.environ.get("API_KEY")
     headers = {"X-API-Key": key} if key else {}
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=headers) as client:

@@ -5,16 +5,64 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The same examples in every run, and no limit on their time: a slow machine is not a wrong answer.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
     """Return the folder of the project."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def flights() -> pd.DataFrame:
+    """Return the whole data set, as the chapters load it. Tests must not change it: copy first."""
+    from mlops_course.blueprint import load_dataset
+
+    return load_dataset(ROOT / "chapters" / "data")
+
+
+@pytest.fixture(scope="session")
+def splits(flights: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows of train, validation, test and production. Tests must not change them: copy first."""
+    from mlops_course.blueprint import split_by_time
+
+    return split_by_time(flights)
+
+
+@pytest.fixture(scope="session")
+def artifacts_root() -> Path:
+    """Return the folder of the built artifacts: that of the course run by `make test`, else the learner's own.
+
+    Tests must not change it: copy what has to be changed.
+    """
+    from mlops_course.blueprint import MODEL_NAME
+
+    for folder in (ROOT / "build" / "test" / "artifacts", ROOT / "artifacts"):
+        if (folder / MODEL_NAME / "registry.json").exists():
+            return folder
+    pytest.fail("no artifacts to test: run make course first")
+
+
+@pytest.fixture(scope="session")
+def course_build() -> Path:
+    """Return what the last run of all chapters left: that of `make test`, else that of `make course`."""
+    for build in (ROOT / "build" / "test", ROOT / "build"):
+        if (build / "course.json").exists():
+            return build
+    pytest.fail("no executed chapters in build/; run `make course` first")
 
 
 @pytest.hookimpl(wrapper=True)

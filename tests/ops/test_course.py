@@ -149,3 +149,20 @@ def test_importing_the_command_line_imports_nothing_heavy():
     code = f"import sys, ops.__main__; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+REAL = sorted((Path(__file__).parents[2] / "chapters").glob("[0-9][0-9]_*.ipynb"))
+
+
+@pytest.mark.parametrize("chapter", REAL, ids=lambda path: path.stem)
+def test_a_broken_cell_planted_in_a_real_chapter_stops_the_course(chapter: Path, tmp_path: Path) -> None:
+    """The run of the chapters in `make test` proves something only if a chapter that breaks makes it fail."""
+    notebook = nbformat.read(chapter, as_version=4)
+    first = next(i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code")
+    notebook.cells.insert(first, new_code_cell("1 / 0  # planted"))
+    nbformat.write(notebook, tmp_path / chapter.name)
+    done = run_course(tmp_path)
+    assert done.returncode == 1
+    assert f"{chapter.stem}: cell {first + 1} of" in done.stderr
+    assert "1 / 0  # planted" in done.stderr
+    assert "ZeroDivisionError" in done.stderr

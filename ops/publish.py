@@ -1,0 +1,120 @@
+"""Copy chosen results into docs/, and fill the generated parts of the documents from them.
+
+A number in a document is never typed. It stands between two markers, and this module writes what is between them
+from a committed JSON file or from the code. A test renders everything again and fails when a document is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ops import ROOT
+
+QUALITY = ROOT / "docs" / "reports" / "quality.json"
+
+# Which metrics the README shows, in words that need no glossary.
+ROWS = {
+    "roc_auc": "ROC AUC, the chance that a disrupted flight ranks above another",
+    "average_precision": "average precision",
+    "brier_skill": "Brier skill, 0 is no better than the average",
+    "recall_at_budget": "share of disrupted flights among the riskiest quarter of each day",
+    "calibration_error": "mean distance between promised and observed risk",
+}
+
+
+def collect_quality(shelf: Path) -> dict[str, Any]:
+    """Return the headline metrics, intervals and digest of every registered version on the shelf."""
+    from mlops_course.blueprint import parse_version, read_registry
+
+    registry = read_registry(shelf)
+    if not registry.versions:
+        raise click.ClickException(f"no registered version in {shelf}; run `make train` first")
+    versions = {}
+    for version in sorted(registry.versions, key=parse_version):
+        metrics = json.loads((shelf / version / "metrics.json").read_text())
+        versions[version] = {
+            "title": metrics["title"],
+            "digest": registry.versions[version],
+            "metrics": metrics["test"]["metrics"],
+            "intervals": metrics["intervals"],
+            "threshold": metrics["threshold"],
+        }
+        baselines = metrics["baselines_roc_auc"]
+    return {"versions": versions, "baselines_roc_auc": baselines}
+
+
+def quality_table() -> str:
+    """Render docs/reports/quality.json as the README's table."""
+    quality = json.loads(QUALITY.read_text())
+    versions = quality["versions"]
+    heads = [f"{version} ({one['title']})" for version, one in versions.items()]
+    lines = ["| locked test month, August 2013 | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for name, words in ROWS.items():
+        cells = []
+        for one in versions.values():
+            spread = one["intervals"].get(name)
+            text = f"{one['metrics'][name]:.3f}"
+            cells.append(f"{text} ({spread[0]:.3f} to {spread[1]:.3f})" if spread else text)
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    recent = quality["baselines_roc_auc"]["recent delay"]
+    lines += [
+        "",
+        "In brackets: 95 % intervals from resampling whole days, because flights of one day share their weather. "
+        f"Sorting flights by the recent delay at their airport, without any model, reaches a ROC AUC of {recent:.3f}.",
+    ]
+    return "\n".join(lines)
+
+
+def settings_table() -> str:
+    """Render the settings of the service: name, default, meaning."""
+    from mlops_course.serving import Settings
+
+    lines = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f"`{field.default}`"
+        lines.append(f"| `{name.upper()}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+# Which document has which generated part.
+PARTS: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"quality": quality_table, "settings": settings_table}}
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Return `text` with everything between the markers called `name` replaced. Raises ValueError without them."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"the markers {begin} and {end} are missing")
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+
+
+def render(document: str) -> str:
+    """Return a document with all its generated parts written again."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for name, make in PARTS[document].items():
+        text = fill(text, name, make())
+    return text
+
+
+@click.command(short_help="Copy reports into docs/ and renew the generated parts of the documents.")
+@click.option("--artifacts", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "artifacts")
+def publish(artifacts: Path) -> None:
+    """Write docs/reports from the artifacts, and what README and docs say from docs/reports and the code."""
+    from mlops_course.blueprint import MODEL_NAME, canonical_json
+    from service.app import openapi_document
+
+    QUALITY.parent.mkdir(parents=True, exist_ok=True)
+    QUALITY.write_bytes(canonical_json(collect_quality(artifacts.resolve() / MODEL_NAME)))
+    written = [QUALITY.relative_to(ROOT).as_posix()]
+    for document in PARTS:
+        (ROOT / document).write_text(render(document), encoding="utf-8")
+        written.append(document)
+    (ROOT / "docs" / "openapi.json").write_bytes(canonical_json(openapi_document()))
+    click.echo("wrote " + ", ".join([*written, "docs/openapi.json"]))

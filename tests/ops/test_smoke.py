@@ -1,0 +1,237 @@
+"""The smoke test against a small server that answers like the service, or wrongly in one way."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ops import smoke as command
+from ops.__main__ import cli
+
+DIGEST = "sha256:" + "a" * 64
+THRESHOLD = 0.34
+
+
+class Service:
+    """Answers like the service: the recorded probabilities, rounded to four decimals. A test may change its parts."""
+
+    def __init__(self, golden: dict[str, Any]) -> None:
+        self.known = {json.dumps(case["request"], sort_keys=True): case["probability"] for case in golden["cases"]}
+        self.version = "1.0.0"
+        self.ready = 200
+        self.change: Callable[[dict[str, Any]], None] = lambda _: None
+        self.raw: dict[str, bytes] = {}  # path -> what is answered instead
+        self.status: dict[str, int] = {}  # path -> status
+        self.asked: list[str] = []
+        self.keys: list[str | None] = []
+
+    def predict(self, body: bytes) -> dict[str, Any]:
+        probability = round(self.known[json.dumps(json.loads(body), sort_keys=True)], 4)
+        answer = {
+            "request_id": "00000000-0000-4000-8000-000000000000",
+            "prediction": "disrupted" if probability >= THRESHOLD else "on_time",
+            "probability": probability,
+            "threshold": THRESHOLD,
+            "model_version": self.version,
+        }
+        self.change(answer)
+        return answer
+
+    def answer(self, path: str, body: bytes) -> tuple[int, bytes]:
+        if path in self.raw:
+            return self.status.get(path, 200), self.raw[path]
+        content: dict[str, Any] = {"status": "ok"}
+        if path == "/ready":
+            return self.ready, json.dumps({"title": "the model is not loaded"}).encode()
+        if path == "/v1/model":
+            content = {"version": self.version, "digest": DIGEST, "threshold": THRESHOLD}
+        if path == "/v1/predict":
+            content = self.predict(body)
+        return self.status.get(path, 200), json.dumps(content).encode()
+
+
+def handler_for(service: Service) -> type[BaseHTTPRequestHandler]:
+    """Return the class that connects a service with Python's own HTTP server."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            service.asked.append(f"{self.command} {self.path}")
+            service.keys.append(self.headers.get("X-API-Key"))
+            status, content = service.answer(self.path, body)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_GET  # noqa: N815 - the same
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing: the test tells what went wrong."""
+
+    return Handler
+
+
+@pytest.fixture
+def service(root: Path) -> Service:
+    """Return a service that gives the recorded answers of the approved release."""
+    return Service(json.loads((root / "ops" / "releases" / "1.0.0" / "golden.json").read_text()))
+
+
+@pytest.fixture
+def url(service: Service) -> Iterator[str]:
+    """Return where the service listens, on a port that the system chose."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler_for(service)) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch):
+    """The environment of whoever runs the tests must not decide."""
+    monkeypatch.delenv("API_KEY", raising=False)
+    monkeypatch.delenv("PORT", raising=False)
+
+
+def smoke(url: str) -> Result:
+    """Run the command against a running service."""
+    return CliRunner().invoke(cli, ["smoke", "--url", url])
+
+
+def assert_refused(result: Result, text: str) -> None:
+    """Exit code 1 and a message; never a traceback."""
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert text in result.output
+
+
+def test_a_good_service_passes_and_is_asked_everything(service, url):
+    result = smoke(url)
+    assert (result.exit_code, result.output) == (
+        0,
+        f"ok: {url} serves 1.0.0 ({DIGEST[:19]}), {command.CASES} predictions checked\n",
+    )
+    expected = ["GET /health", "GET /ready", "GET /v1/model", *["POST /v1/predict"] * command.CASES]
+    assert service.asked == expected
+    assert set(service.keys) == {None}
+
+
+def test_the_port_comes_from_the_environment_like_the_services_own(service, url, monkeypatch):
+    monkeypatch.setenv("PORT", url.rpartition(":")[2])
+    result = CliRunner().invoke(cli, ["smoke"])
+    assert result.exit_code == 0, result.output
+
+
+def test_the_key_is_read_from_the_environment_and_never_shown(service, url, monkeypatch):
+    monkeypatch.setenv("API_KEY", "very secret")
+    assert smoke(url).exit_code == 0
+    assert set(service.keys) == {"very secret"}
+    service.ready = 503
+    assert "very secret" not in smoke(url).output
+
+
+def test_a_service_that_does_not_run_is_named_with_the_fix():
+    # Port 1 is reserved and nothing listens there.
+    assert_refused(
+        smoke("http://127.0.0.1:1"), "http://127.0.0.1:1 does not answer (ConnectError); start it with `make"
+    )
+
+
+def test_a_service_that_is_not_ready_is_refused_with_its_own_words(service, url):
+    service.ready = 503
+    assert_refused(smoke(url), 'GET /ready answered 503: {"title": "the model is not loaded"}')
+    assert service.asked == ["GET /health", "GET /ready"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/model", "/v1/predict"])
+def test_any_answer_but_200_is_refused(service, url, path):
+    service.status[path] = 401
+    assert_refused(smoke(url), f"{path} answered 401")
+
+
+def test_a_probability_of_another_model_is_refused(service, url):
+    service.change = lambda answer: answer.update(probability=round(answer["probability"] + 0.0002, 4))
+    assert_refused(smoke(url), "another model?")
+
+
+def test_the_rounding_of_the_answer_is_no_difference(service, url):
+    service.change = lambda answer: answer.update(probability=answer["probability"] + 1e-5)
+    assert smoke(url).exit_code == 0
+
+
+@pytest.mark.parametrize("field", ["request_id", "prediction", "probability", "threshold", "model_version"])
+def test_a_missing_field_is_named(service, url, field):
+    service.change = lambda answer: answer.pop(field) and None
+    assert_refused(smoke(url), f"the answer lacks {field}\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"probability": 1.2}, {"probability": -0.1}, {"probability": float("nan")}, {"model_version": "0.9.0"}],
+    ids=str,
+)
+def test_an_implausible_answer_is_refused(service, url, change):
+    service.change = lambda answer: answer.update(change)
+    assert_refused(smoke(url), "implausible answer: ")
+
+
+@pytest.mark.parametrize("probability", [None, "0.4"])
+def test_a_probability_that_is_no_number_is_refused(service, url, probability):
+    service.change = lambda answer: answer.update(probability=probability)
+    assert_refused(smoke(url), "implausible answer: ")
+
+
+def test_a_decision_that_contradicts_probability_and_threshold_is_refused(service, url):
+    other = {"disrupted": "on_time", "on_time": "disrupted"}
+    service.change = lambda answer: answer.update(prediction=other[answer["prediction"]])
+    assert_refused(smoke(url), "prediction")
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/model", "/v1/predict"])
+def test_an_answer_that_is_no_json_is_refused(service, url, path):
+    """Something else may listen there and answer every path with a page."""
+    service.raw[path] = b"<html>welcome</html>"
+    assert_refused(smoke(url), path)
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"version": "1.0.0"}', b"[]"])
+def test_a_model_that_does_not_say_what_it_is_is_refused(service, url, content):
+    service.raw["/v1/model"] = content
+    assert_refused(smoke(url), "/v1/model")
+
+
+def test_a_version_without_a_record_is_asked_but_its_probabilities_are_not_compared(service, url):
+    service.version = "7.0.0-rc.1"
+    service.change = lambda answer: answer.update(probability=0.9, prediction="disrupted")
+    result = smoke(url)
+    assert result.exit_code == 0, result.output
+    assert "serves 7.0.0-rc.1" in result.output
+
+
+def test_without_any_approved_release_there_is_nothing_to_send(service, url, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    assert_refused(smoke(url), "no approved release in ops/releases: there are no golden cases to send")
+
+
+def test_the_cases_of_an_approval_that_died_are_not_used(service, url, monkeypatch, tmp_path, root):
+    releases = tmp_path / "ops" / "releases"
+    for name in ("1.0.0", ".1.1.0.writing"):
+        (releases / name).mkdir(parents=True)
+        (releases / name / "golden.json").write_bytes((root / "ops/releases/1.0.0/golden.json").read_bytes())
+        (releases / name / "approval.json").write_text("{}")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    service.version = "7.0.0-rc.1"
+    result = smoke(url)
+    assert result.exit_code == 0, repr(result.exception)
