@@ -324,7 +324,7 @@ def day_weights(
     for _ in range(rounds):
         yield np.bincount(rng.integers(0, count, count), minlength=count)[day].astype(float)
 
-# %% ../chapters/02_training.ipynb #133f9d59
+# %% ../chapters/02_training.ipynb #399810d4
 def day_bootstrap(
     flights: pd.DataFrame,  # rows with labels and `scheduled_departure`
     score: np.ndarray,  # (n,) probabilities
@@ -332,6 +332,8 @@ def day_bootstrap(
     rounds: int = 200,  # resamples
 ) -> pd.DataFrame:
     "Ranking, skill and recall of each resample, one row a round."
+    order = np.argsort(-score, kind="stable")  # sorted once, so that each round's sorting has nothing to do
+    flights, score = flights.iloc[order], score[order]
     label, first = flights[LABEL].to_numpy(), warned_first(flights, score)
     error, reference = (score - label) ** 2, (base_rate - label) ** 2
     return pd.DataFrame(

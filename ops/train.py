@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,13 +85,12 @@ def train(artifacts: Path, versions: tuple[str, ...]) -> None:
 
 def point_prod(shelf: Path) -> None:
     """Let `prod` point to the newest approved release on the shelf, unless it already points somewhere."""
-    from mlops_course.blueprint import parse_version, point_channel, read_registry
-    from mlops_course.training import approved_metrics
+    from mlops_course.blueprint import approved_versions, point_channel, read_registry
 
     registry = read_registry(shelf)
-    approved = [version for version in registry.versions if approved_metrics(version)]
+    approved = [version for version in approved_versions() if version in registry.versions]
     if "prod" not in registry.channels and approved:
-        point_channel(shelf, "prod", max(approved, key=parse_version))
+        point_channel(shelf, "prod", approved[-1])
     current = read_registry(shelf).channels.get("prod", "nothing: no release is approved yet")
     click.echo(f"channel prod points to {current}")
 
@@ -105,8 +105,14 @@ def approve(version: str, name: str, note: str, artifacts: Path) -> None:
 
     An approval is given once: a version that has a record is refused.
     """
-    from mlops_course.blueprint import MODEL_NAME, ArtifactError, canonical_json, read_registry, verify_artifact
-    from mlops_course.training import releases_folder
+    from mlops_course.blueprint import (
+        MODEL_NAME,
+        ArtifactError,
+        canonical_json,
+        read_registry,
+        releases_folder,
+        verify_artifact,
+    )
 
     shelf, target = artifacts.resolve() / MODEL_NAME, releases_folder() / version
     digest = read_registry(shelf).versions.get(version)
@@ -115,9 +121,14 @@ def approve(version: str, name: str, note: str, artifacts: Path) -> None:
     if target.exists():
         raise Refused(f"version {version} is approved already ({target.relative_to(ROOT)}); raise the version")
     try:
-        verify_artifact(shelf / version, digest)
+        manifest = verify_artifact(shelf / version, digest)
     except ArtifactError as error:
         raise Refused(str(error)) from error
+    if not re.fullmatch("[0-9a-f]{40}", manifest.provenance.git_sha):
+        raise Refused(
+            f"version {version} was trained from '{manifest.provenance.git_sha}', which is not a commit that anybody can "
+            f"check out; commit your changes, delete {shelf / version} and train again"
+        )
     scratch = target.with_name(f".{version}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -1,0 +1,126 @@
+"""What the tests of the service share: the released model, settings, an application, and real server processes.
+
+`artifacts_root`, from tests/conftest.py, is a folder that holds flight-disruption/registry.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from mlops_course.blueprint import MODEL_NAME, project_root, resolve_channel
+from mlops_course.serving import EXAMPLE, Service, Settings, build_app
+
+API_KEY = "k7Qz9-mR2vXw8-Lp4tNb6"  # only here; not a secret
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="session")
+def release(artifacts_root: Path) -> tuple[Path, str]:
+    """Folder and digest of the model in the prod channel."""
+    return resolve_channel(artifacts_root / MODEL_NAME, "prod")
+
+
+@pytest.fixture
+def example() -> dict[str, Any]:
+    """One flight that is answered with 200."""
+    return dict(EXAMPLE)
+
+
+@pytest.fixture
+def settings(release: tuple[Path, str]) -> Settings:
+    """Settings of a dev service with the released model; a busy test machine is no overload."""
+    folder, digest = release
+    return Settings.model_construct(model_uri=str(folder), model_digest=digest, max_lag_ms=10_000.0)
+
+
+@pytest.fixture
+def app(settings: Settings) -> Service:
+    """Return an application that is not started."""
+    return build_app(settings)
+
+
+@pytest.fixture
+def client(app: Service) -> Generator[TestClient]:
+    """Talk to a started application, in this process."""
+    with TestClient(app, raise_server_exceptions=False) as started:
+        yield started
+
+
+@dataclass
+class Running:
+    """A real `python -m service`."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    url: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the log so far."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def stop(self) -> int:
+        """End it politely and return its exit code."""
+        self.process.terminate()
+        return self.process.wait(20)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return a small environment: nothing of this shell's configuration reaches the service."""
+    keep = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT", "TMPDIR") if name in os.environ}
+    return {**keep, "PYTHONPATH": str(project_root()), **variables}
+
+
+def wait_until_alive(running: Running, seconds: float = 30) -> None:
+    """Wait until /health answers."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert running.process.poll() is None, running.log.read_text()
+        try:
+            assert httpx.get(running.url + "/health", timeout=1).status_code == 200
+        except httpx.TransportError:
+            time.sleep(0.05)
+        else:
+            return
+    raise AssertionError(f"not alive after {seconds} s: {running.log.read_text()}")
+
+
+@pytest.fixture
+def serve(release: tuple[Path, str], tmp_path: Path) -> Generator[Callable[..., Running]]:
+    """Start real services: `serve(DRAIN_S='0')`. They are stopped when the test ends."""
+    started: list[Running] = []
+
+    def start(**variables: str) -> Running:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        log = tmp_path / f"service-{port}.log"
+        own = {"MODEL_URI": str(release[0]), "MODEL_DIGEST": release[1], "DRAIN_S": "0", "PORT": str(port)}
+        with log.open("wb") as stdout:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "service"], env=environment(**own | variables), stdout=stdout, stderr=stdout
+            )
+        started.append(Running(process, port, log))
+        wait_until_alive(started[-1])
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.process.kill()
+        running.process.wait(10)
