@@ -46,7 +46,7 @@ class LogObserver:
         """Nothing: scores are counted from chapter 5 on."""
 
     def answered(self, call: Call) -> None:
-        """Log one request. Written without structlog's call chain, which costs as much as validating the request."""
+        """Log one request. Written without structlog's call chain, which costs more than validating the request does."""
         if self._quiet:
             return
         line: dict[str, object] = {
