@@ -313,13 +313,13 @@ def decision_metrics(
         "cost_per_flight": cost_per_flight(label, score, threshold),
     }
 
-# %% ../chapters/02_training.ipynb #f0483bfe
+# %% ../chapters/02_training.ipynb #b6644fa0
 def day_weights(
     flights: pd.DataFrame,  # with `scheduled_departure`
     rounds: int,  # resamples
 ) -> Iterator[np.ndarray]:
     "For each round, how often each row's day was drawn, shape (n,). The same rounds draw the same days."
-    day = pd.factorize(flights["scheduled_departure"].dt.normalize())[0]
+    day = pd.factorize(flights["scheduled_departure"].dt.normalize(), sort=True)[0]
     count, rng = int(day.max()) + 1, np.random.default_rng(0)
     for _ in range(rounds):
         yield np.bincount(rng.integers(0, count, count), minlength=count)[day].astype(float)
