@@ -884,13 +884,13 @@ def _draw_calibration(evidence: Mapping[str, Any]) -> Callable[[Any], None]:
 
     return draw
 
-# %% ../chapters/02_training.ipynb #fefa6780
+# %% ../chapters/02_training.ipynb #af43cfb0
 def _draw_scores(label: np.ndarray, score: np.ndarray, threshold: float) -> Callable[[Any], None]:
     "How the scores of disrupted and other flights are spread."
 
     def draw(ax: Any) -> None:
         for value, name, color in ((0, "on time", "#4477aa"), (1, "disrupted", "#ee6677")):
-            ax.hist(score[label == value], 40, (0, 1), density=True, alpha=0.6, label=name, color=color)
+            ax.hist(score[label == value], bins=40, range=(0, 1), density=True, alpha=0.6, label=name, color=color)
         ax.axvline(threshold, color="black", lw=1, label=f"threshold {threshold:g}")
         ax.set(xlabel="probability", ylabel="density in each group", title="Scores, locked test month")
         ax.legend()

@@ -126,8 +126,8 @@ def approve(version: str, name: str, note: str, artifacts: Path) -> None:
         raise Refused(str(error)) from error
     if not re.fullmatch("[0-9a-f]{40}", manifest.provenance.git_sha):
         raise Refused(
-            f"version {version} was trained from '{manifest.provenance.git_sha}', which is not a commit that anybody can "
-            f"check out; commit your changes, delete {shelf / version} and train again"
+            f"version {version} was trained from '{manifest.provenance.git_sha}', which is not a commit that "
+            f"anybody can check out; commit your changes, delete {shelf / version} and train again"
         )
     scratch = target.with_name(f".{version}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
