@@ -25,8 +25,8 @@ import re
 import secrets
 import time
 
-# %% ../chapters/03_serving.ipynb #3bb196e0
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+# %% ../chapters/03_serving.ipynb #b21c4162
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -35,24 +35,31 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
-# %% ../chapters/03_serving.ipynb #c0962e1d
+# %% ../chapters/03_serving.ipynb #bcbaa671
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, SecretStr
-from pydantic import ValidationError, ValidationInfo, WithJsonSchema, field_validator
-from pydantic.json_schema import models_json_schema
-from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-# %% ../chapters/03_serving.ipynb #0dc9717f
+# %% ../chapters/03_serving.ipynb #d39a03d3
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, SecretStr, WithJsonSchema
+from pydantic.json_schema import models_json_schema
+from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+# %% ../chapters/03_serving.ipynb #8fa498fb
+from pydantic import ValidationError, ValidationInfo, field_validator
+
+# %% ../chapters/03_serving.ipynb #dbf3527a
 import mlops_course
-from .blueprint import CATEGORICAL, COLUMNS, DERIVED, FEATURES, INPUTS, MANIFEST, MODEL_NAME
-from .blueprint import NUMERIC, ORIGINS, ArtifactError, Column, Manifest, artifact_digest
+from .blueprint import CATEGORICAL, COLUMNS, DERIVED, FEATURES, INPUTS, MODEL_NAME, NUMERIC, ORIGINS
+
+# %% ../chapters/03_serving.ipynb #4f673e78
+from .blueprint import MANIFEST, ArtifactError, Column, Manifest, artifact_digest, verify_artifact
+
+# %% ../chapters/03_serving.ipynb #6c3bd8eb
 from .blueprint import canonical_json, derive, parse_version, project_root, resolve_channel
-from .blueprint import verify_artifact
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -586,7 +593,7 @@ def check_compatible(
         if not holds:
             raise ArtifactError(f"{MANIFEST}: {problem}; this service cannot serve it")
 
-# %% ../chapters/03_serving.ipynb #0c20b30c
+# %% ../chapters/03_serving.ipynb #2e2187a0
 def _verified(
     folder: Path,  # the artifact's folder
     digest: str | None,  # what it must be; None accepts what is there
@@ -596,10 +603,7 @@ def _verified(
     if path.is_symlink():
         raise ArtifactError(f"{MANIFEST} is a symbolic link; fetch the artifact again")
     expected = digest or artifact_digest(path.read_bytes())
-    manifest = verify_artifact(folder, expected)
-    if any(Path(name).name != name for name in manifest.files):
-        raise ArtifactError(f"{MANIFEST} names a file outside its folder")
-    return manifest, expected
+    return verify_artifact(folder, expected), expected
 
 # %% ../chapters/03_serving.ipynb #f233d32a
 def _verified_bytes(

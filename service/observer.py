@@ -46,7 +46,7 @@ class LogObserver:
         """Nothing: scores are counted from chapter 5 on."""
 
     def answered(self, call: Call) -> None:
-        """Log one request. Written without structlog's call chain, which costs more than validating the request does."""
+        """Log one request. Without structlog's call chain, which costs more than validating a request."""
         if self._quiet:
             return
         line: dict[str, object] = {

@@ -791,7 +791,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(shelf):
     content = json.loads(path.read_bytes())
     content["files"]["../elsewhere"] = sha256_text(["x"])
     path.write_bytes(canonical_json(content))
-    with pytest.raises(ArtifactError, match=r"1.0.0/manifest.json lists '../elsewhere', which is not a plain file name"):
+    with pytest.raises(ArtifactError, match=r"manifest.json lists '../elsewhere', which is not a plain file name"):
         verify_artifact(path.parent)
 
 

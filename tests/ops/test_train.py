@@ -11,12 +11,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mlops_course import blueprint, training
-from mlops_course.blueprint import MODEL_NAME, canonical_json, read_registry, verify_artifact
+from mlops_course.blueprint import MODEL_NAME, artifact_digest, canonical_json, read_registry, verify_artifact
 from ops import train as command
 from ops.__main__ import cli
 
 # skl2onnx hands True and False to a field of whole numbers, which protobuf 7.34 will refuse; protobuf 6 is locked.
 pytestmark = pytest.mark.filterwarnings("ignore:Field onnx.AttributeProto.ints. Expected an int, got a boolean")
+
+
+COMMIT = "c" * 40
 
 
 def run(*arguments: str | Path) -> Result:
@@ -43,10 +46,24 @@ def project(tmp_path, monkeypatch, root):
     return tmp_path
 
 
+def trained_from(artifacts: Path, version: str, commit: str) -> None:
+    """Let the manifest of a version name another commit, and register its new digest."""
+    shelf = artifacts / MODEL_NAME
+    path = shelf / version / "manifest.json"
+    content = json.loads(path.read_bytes())
+    content["provenance"]["git_sha"] = commit
+    path.write_bytes(canonical_json(content))
+    registry = read_registry(shelf)
+    registry.versions[version] = artifact_digest(path.read_bytes())
+    (shelf / "registry.json").write_bytes(canonical_json(registry.model_dump()))
+
+
 @pytest.fixture
 def artifacts(project, artifacts_root):
-    """Return a copy of the built artifacts, which a test may change."""
-    return Path(shutil.copytree(artifacts_root, project / "artifacts"))
+    """Return a copy of the built artifacts, which a test may change, as if trained from a commit."""
+    folder = Path(shutil.copytree(artifacts_root, project / "artifacts"))
+    trained_from(folder, "1.1.0-rc.1", COMMIT)
+    return folder
 
 
 @pytest.fixture
@@ -57,6 +74,9 @@ def quick(project, monkeypatch, flights):
     monkeypatch.setattr(training, "MIN_TRAIN_ROWS", 10_000)
     monkeypatch.setattr(training, "assess", functools.partial(training.assess, rounds=5))
     monkeypatch.setattr(blueprint, "load_dataset", lambda: flights.iloc[::8])
+    # Whoever runs the tests may have changed the chapters since the last commit.
+    committed = training.provenance().model_copy(update={"git_sha": COMMIT})
+    monkeypatch.setattr(training, "provenance", lambda: committed)
     # These few rows are compared with no release that was trained on all of them.
     shutil.rmtree(project / "ops" / "releases")
     return project
@@ -226,6 +246,29 @@ def test_a_tampered_version_cannot_be_approved(artifacts, project, name, problem
     assert result.exit_code == 1
     assert f"Error: {problem}" in result.output
     assert everything(project / "ops") == before
+
+
+@pytest.mark.parametrize("commit", [f"{COMMIT}-dirty", "unknown"])
+def test_what_nobody_can_check_out_cannot_be_approved(artifacts, project, commit):
+    trained_from(artifacts, "1.1.0-rc.1", commit)
+    before = everything(project / "ops")
+    result = approve("1.1.0-rc.1", artifacts)
+    assert result.exit_code == 1
+    assert f"Error: version 1.1.0-rc.1 was trained from '{commit}', which is not a commit" in result.output
+    assert everything(project / "ops") == before
+
+
+def test_the_advice_of_that_refusal_works(quick, monkeypatch):
+    """Commit, delete the folder, train again: the same content from a commit can then be approved."""
+    dirty = training.provenance().model_copy(update={"git_sha": f"{COMMIT}-dirty"})
+    with monkeypatch.context() as changed:
+        changed.setattr(training, "provenance", lambda: dirty)
+        assert run("train", "--artifacts", quick / "artifacts", "--version", "1.0.0").exit_code == 0
+    assert "delete" in approve("1.0.0", quick / "artifacts").output
+    shutil.rmtree(quick / "artifacts" / MODEL_NAME / "1.0.0")
+    again = run("train", "--artifacts", quick / "artifacts", "--version", "1.0.0")
+    assert again.exit_code == 0, again.output
+    assert approve("1.0.0", quick / "artifacts").exit_code == 0
 
 
 def test_an_approval_that_dies_leaves_no_record_and_can_be_repeated(artifacts, project, monkeypatch):

@@ -101,26 +101,46 @@ def wait_until_alive(running: Running, seconds: float = 30) -> None:
     raise AssertionError(f"not alive after {seconds} s: {running.log.read_text()}")
 
 
+def launch(release: tuple[Path, str], folder: Path, **variables: str) -> Running:
+    """Start a real service on a free port, and wait until it is alive."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    log = folder / f"service-{port}.log"
+    own = {"MODEL_URI": str(release[0]), "MODEL_DIGEST": release[1], "DRAIN_S": "0", "PORT": str(port)}
+    calm = {"MAX_LAG_MS": "10000"}  # a busy test machine is no overload
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service"], env=environment(**own | calm | variables), stdout=output, stderr=output
+        )
+    running = Running(process, port, log)
+    try:
+        wait_until_alive(running)
+    except BaseException:
+        process.kill()
+        raise
+    return running
+
+
 @pytest.fixture
 def serve(release: tuple[Path, str], tmp_path: Path) -> Generator[Callable[..., Running]]:
     """Start real services: `serve(DRAIN_S='0')`. They are stopped when the test ends."""
     started: list[Running] = []
 
     def start(**variables: str) -> Running:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        log = tmp_path / f"service-{port}.log"
-        own = {"MODEL_URI": str(release[0]), "MODEL_DIGEST": release[1], "DRAIN_S": "0", "PORT": str(port)}
-        with log.open("wb") as stdout:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "service"], env=environment(**own | variables), stdout=stdout, stderr=stdout
-            )
-        started.append(Running(process, port, log))
-        wait_until_alive(started[-1])
+        started.append(launch(release, tmp_path, **variables))
         return started[-1]
 
     yield start
     for running in started:
         running.process.kill()
         running.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def shared(release: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Generator[Running]:
+    """One real service for the tests that leave it as it was."""
+    running = launch(release, tmp_path_factory.mktemp("service"))
+    yield running
+    running.process.kill()
+    running.process.wait(10)

@@ -74,7 +74,7 @@ def as_values(text: str) -> list[Any]:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_every_snippet_prints_what_the_guide_says(serve: Callable[..., Running], guide: str, tmp_path: Path) -> None:
-    running = serve(MAX_LAG_MS="5000")
+    running = serve()
     found = snippets(guide)
     assert [s.language for s in found].count("python") == 1
     assert len(found) >= 5

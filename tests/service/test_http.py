@@ -23,6 +23,7 @@ from mlops_course.serving import (
     Score,
     Service,
     Settings,
+    bounded,
     build_app,
 )
 
@@ -454,6 +455,12 @@ def test_the_observer_hears_of_every_request_and_of_no_value(settings: Settings,
     assert observer.calls[1].fields == ("dest",)
     assert all(stage >= 0 for stage in observer.calls[0].stages or ())
     assert len(observer.scores) == 4
+
+
+def test_every_route_has_a_name_for_logs_and_metrics(app: Service) -> None:
+    for path in (*app.openapi()["paths"], "/metrics"):
+        assert bounded("GET", path) == ("GET", path)
+    assert bounded(MARK, f"/{MARK}") == ("OTHER", "unmatched")
 
 
 def drive(app: Service, messages: list[dict[str, Any]], wait: float = 0.0) -> list[dict[str, Any]]:
