@@ -101,11 +101,22 @@ def wait_until_alive(running: Running, seconds: float = 30) -> None:
     raise AssertionError(f"not alive after {seconds} s: {running.log.read_text()}")
 
 
-def launch(release: tuple[Path, str], folder: Path, **variables: str) -> Running:
-    """Start a real service on a free port, and wait until it is alive."""
+def unused_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port for one server of one test."""
+    return unused_port()
+
+
+def launch(release: tuple[Path, str], folder: Path, **variables: str) -> Running:
+    """Start a real service on a free port, and wait until it is alive."""
+    port = unused_port()
     log = folder / f"service-{port}.log"
     own = {"MODEL_URI": str(release[0]), "MODEL_DIGEST": release[1], "DRAIN_S": "0", "PORT": str(port)}
     calm = {"MAX_LAG_MS": "10000"}  # a busy test machine is no overload

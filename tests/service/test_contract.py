@@ -129,7 +129,7 @@ def committed(root: Path) -> Json:
 
 def test_the_committed_document_is_the_one_the_code_gives(root: Path) -> None:
     built = canonical_json(openapi_document())
-    assert (root / "docs" / "openapi.json").read_bytes() == built, "run `python -m ops openapi` and review the change"
+    assert (root / "docs" / "openapi.json").read_bytes() == built, "run `make publish` and review the change"
 
 
 def test_the_code_breaks_nothing_that_is_published(committed: Json) -> None:
