@@ -57,6 +57,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mlops_course.blueprint.dataset_sha256': ( 'blueprint.html#dataset_sha256',
                                                                                    'mlops_course/blueprint.py'),
                                         'mlops_course.blueprint.derive': ('blueprint.html#derive', 'mlops_course/blueprint.py'),
+                                        'mlops_course.blueprint.discard_version': ( 'blueprint.html#discard_version',
+                                                                                    'mlops_course/blueprint.py'),
                                         'mlops_course.blueprint.features_sha256': ( 'blueprint.html#features_sha256',
                                                                                     'mlops_course/blueprint.py'),
                                         'mlops_course.blueprint.holds': ('blueprint.html#holds', 'mlops_course/blueprint.py'),

@@ -10,22 +10,23 @@ __all__ = ['MODEL_NAME', 'LABEL', 'LATE_MINUTES', 'SCORING_LEAD', 'ALERT_BUDGET'
            'check_bounds', 'sha256_text', 'split_ledger', 'canonical_json', 'sha256_file', 'dataset_sha256',
            'Provenance', 'Manifest', 'artifact_digest', 'VersionError', 'parse_version', 'model_input',
            'features_sha256', 'ArtifactError', 'verify_artifact', 'write_artifact', 'Registry', 'read_registry',
-           'register', 'releases_folder', 'approved_versions', 'point_channel', 'resolve_channel', 'bin_edges',
-           'number_shares', 'category_shares', 'make_reference', 'practice', 'Headline']
+           'register', 'releases_folder', 'approved_versions', 'point_channel', 'discard_version', 'resolve_channel',
+           'bin_edges', 'number_shares', 'category_shares', 'make_reference', 'practice', 'Headline']
 
-# %% ../chapters/01_blueprint.ipynb #2c036104
+# %% ../chapters/01_blueprint.ipynb #60c13362
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-# %% ../chapters/01_blueprint.ipynb #6515abeb
+# %% ../chapters/01_blueprint.ipynb #31f99fcd
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -325,7 +326,7 @@ def check_features(
 class DataError(ValueError):
     "A data file breaks its schema. The text names file or row, column, and the fix."
 
-# %% ../chapters/01_blueprint.ipynb #49beb71f
+# %% ../chapters/01_blueprint.ipynb #308b4b70
 def _wrong_kind(
     values: "pd.Series",  # one column, without missing values
     column: Column,  # what the contract says about it
@@ -336,7 +337,8 @@ def _wrong_kind(
         return ~allowed, "is not EWR, JFK or LGA" if column.name == "origin" else "is not a non-empty text"
     if values.dtype.kind in {"number": "iuf", "datetime": "M"}[column.kind]:
         return values.isna(), ""
-    return values.notna(), f"is in a column of type {values.dtype}, not of {column.kind}s"
+    odd = values.map(lambda v: column.kind == "datetime" or not isinstance(v, int | float | np.number))
+    return odd if odd.any() else values.notna(), f"is in a column of type {values.dtype}, not of {column.kind}s"
 
 # %% ../chapters/01_blueprint.ipynb #51e60231
 def _out_of_range(
@@ -365,7 +367,7 @@ def check_frame(
         if column.kind == "number":
             _refuse(present, column, *_out_of_range(present, column))
 
-# %% ../chapters/01_blueprint.ipynb #ecce31ef
+# %% ../chapters/01_blueprint.ipynb #8f8f1213
 def _refuse(
     values: "pd.Series",  # one column
     column: Column,  # what the contract says about it
@@ -374,9 +376,10 @@ def _refuse(
 ) -> None:
     "Raise `DataError` for the first bad row, if there is one."
     if bad.any():
-        row = values.index[int(bad.to_numpy().argmax())]
+        first = int(bad.to_numpy().argmax())
         raise DataError(
-            f"row {row}, column '{column.name}': {values[row]} {problem} ({int(bad.sum())} such rows); "
+            f"row {values.index[first]}, column '{column.name}': {values.iloc[first]} {problem} "
+            f"({int(bad.sum())} such rows); "
             "correct the row or its source, then load again"
         )
 
@@ -532,7 +535,7 @@ def split_by_time(
     when = flights["scheduled_departure"]
     return {name: flights[(when >= first) & (when < after)] for name, (first, after) in bounds.items()}
 
-# %% ../chapters/01_blueprint.ipynb #646978dd
+# %% ../chapters/01_blueprint.ipynb #34e58955
 def check_bounds(
     bounds: Mapping[str, tuple[str, str]],  # name -> first day, first day after
 ) -> None:
@@ -687,7 +690,7 @@ def features_sha256(
 class ArtifactError(RuntimeError):
     "An artifact is not what it should be. The text names the file and what is wrong."
 
-# %% ../chapters/01_blueprint.ipynb #23f95116
+# %% ../chapters/01_blueprint.ipynb #00d8597b
 MANIFEST = "manifest.json"
 
 
@@ -702,13 +705,20 @@ def verify_artifact(
             f"{folder.name}/{MANIFEST} has digest {artifact_digest(raw)}, expected {digest}; "
             "it was changed after it was registered"
         )
-    manifest = Manifest.model_validate_json(raw)
-    _verify_files(folder, manifest.files)
+    try:
+        manifest = Manifest.model_validate_json(raw)
+        _verify_files(folder, manifest.files)
+    except ValidationError as error:
+        raise ArtifactError(f"{folder.name}/{MANIFEST} is not a manifest of this course: {error}") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read {error.filename}: {error.strerror}; fetch the artifact again") from error
     return manifest
 
-# %% ../chapters/01_blueprint.ipynb #8b65b004
+# %% ../chapters/01_blueprint.ipynb #c72bab2f
 def _read_manifest(folder: Path) -> bytes:
     "The manifest's bytes, or an `ArtifactError` that says why they cannot be had."
+    if (folder / MANIFEST).is_symlink():
+        raise ArtifactError(f"{folder.name}/{MANIFEST} is a link, not a plain file; fetch the artifact again")
     try:
         return (folder / MANIFEST).read_bytes()
     except OSError as error:
@@ -758,7 +768,7 @@ def write_artifact(
         inside.rename(folder)
     return folder, artifact_digest(raw)
 
-# %% ../chapters/01_blueprint.ipynb #e4f1bdef
+# %% ../chapters/01_blueprint.ipynb #e30b4a03
 def _already_there(folder: Path, manifest: Manifest) -> str:
     "The digest of the version that exists, if its content is the same; otherwise `VersionError`."
     present = verify_artifact(folder)
@@ -768,7 +778,7 @@ def _already_there(folder: Path, manifest: Manifest) -> str:
     differ = sorted(n for n in names if present.files.get(n) != manifest.files.get(n)) or ["manifest fields"]
     raise VersionError(
         f"version {manifest.version} exists with other content ({', '.join(differ)}); "
-        f"raise the version, or delete {folder} if it was never used"
+        f"raise the version, or, if nobody uses it: python -m ops discard {manifest.version}"
     )
 
 # %% ../chapters/01_blueprint.ipynb #67e3aaf7
@@ -814,12 +824,12 @@ def releases_folder() -> Path:
     "Where the records of approved releases are committed: `ops/releases`."
     return project_root() / "ops" / "releases"
 
-# %% ../chapters/01_blueprint.ipynb #a8c7298f
+# %% ../chapters/01_blueprint.ipynb #3c236d5a
 def approved_versions(
     folder: Path | None = None,  # `ops/releases` if not given
 ) -> list[str]:
     "The approved versions, oldest first."
-    found = (path.parent.name for path in (folder or releases_folder()).glob("*/approval.json"))
+    found = (path.parent.name for path in (folder or releases_folder()).glob("[!.]*/approval.json"))
     return sorted(found, key=parse_version)
 
 # %% ../chapters/01_blueprint.ipynb #d9afc27d
@@ -841,6 +851,21 @@ def point_channel(
     registry.channels[channel] = version
     _save_registry(root, registry)
 
+# %% ../chapters/01_blueprint.ipynb #326e5697
+def discard_version(
+    root: Path,  # the folder of all versions
+    version: str,  # a version that nobody uses
+) -> None:
+    "Delete a version and forget its digest. Refused if it is approved, or if a channel points to it."
+    registry = read_registry(root)
+    if version in approved_versions() or version in registry.channels.values():
+        raise VersionError(f"version {version} is approved or in a channel, so it stays; raise the version instead")
+    if version not in registry.versions and not (root / version).exists():
+        raise VersionError(f"version {version} is not in {root}; known: {', '.join(registry.versions) or 'none'}")
+    registry.versions.pop(version, None)
+    _save_registry(root, registry)
+    shutil.rmtree(root / version, ignore_errors=True)
+
 # %% ../chapters/01_blueprint.ipynb #8cf55ba1
 def resolve_channel(
     root: Path,  # the folder of all versions
@@ -853,7 +878,7 @@ def resolve_channel(
     version = registry.channels[channel]
     return root / version, registry.versions[version]
 
-# %% ../chapters/01_blueprint.ipynb #11ef7363
+# %% ../chapters/01_blueprint.ipynb #16e294b7
 BINS = 10  # for numbers; categories have one bin for each common value
 
 
@@ -862,10 +887,11 @@ def bin_edges(
     bins: int = BINS,  # how many bins at the most
 ) -> list[float]:
     "Inner edges at the quantiles, without repeats, at most `bins` - 1. A value on an edge lies above it."
-    inner = np.quantile(values[~np.isnan(values)], np.linspace(0, 1, bins + 1)[1:-1])
+    seen = np.asarray(values, np.float32)  # 32 bits, as the model sees them
+    inner = np.quantile(seen[~np.isnan(seen)], np.linspace(0, 1, bins + 1)[1:-1])
     return [float(edge) for edge in np.unique(inner.astype(np.float32))]
 
-# %% ../chapters/01_blueprint.ipynb #c41f7d44
+# %% ../chapters/01_blueprint.ipynb #a79fe7df
 MISSING, OTHER = "missing", "other"
 
 
@@ -874,7 +900,8 @@ def number_shares(
     edges: Sequence[float],  # inner edges, ascending
 ) -> dict[str, float]:
     "Share of the values in each bin ('0', '1', ...), and the share missing. They add up to 1."
-    present = values[~np.isnan(values)]
+    seen = np.asarray(values, np.float32)
+    present = seen[~np.isnan(seen)]
     counts = np.bincount(np.searchsorted(edges, present, side="right"), minlength=len(edges) + 1)
     shares = {str(i): float(count / len(values)) for i, count in enumerate(counts)}
     return {**shares, MISSING: float(1 - len(present) / len(values))}

@@ -712,18 +712,17 @@ def approved_metrics(
     path = (folder or releases_folder()) / version / "metrics.json"
     return json.loads(path.read_text()) if path.exists() else None
 
-# %% ../chapters/02_training.ipynb #f90b5126
+# %% ../chapters/02_training.ipynb #ca1fd59f
 def last_approved(
     version: str,  # the candidate
     folder: Path | None = None,  # `ops/releases` if not given
 ) -> dict[str, Any] | None:
     "metrics.json of the newest approved release that is older than the candidate, or None for the first one."
-    folder = folder or releases_folder()
-    names = [p.name for p in folder.iterdir() if (p / "metrics.json").exists()] if folder.exists() else []
-    older = [n for n in names if parse_version(n) < parse_version(version)]
+    names = [path.parent.name for path in (folder or releases_folder()).glob("[!.]*/metrics.json")]
+    older = [name for name in names if parse_version(name) < parse_version(version)]
     return approved_metrics(max(older, key=parse_version), folder) if older else None
 
-# %% ../chapters/02_training.ipynb #5cd0ec77
+# %% ../chapters/02_training.ipynb #601b2226
 def drop_gate(
     metrics: Mapping[str, Any],  # the candidate's
     approved: Mapping[str, Any] | None,  # the last approved release's; None for the first release
@@ -741,7 +740,7 @@ def drop_gate(
     before, now = approved["test"]["metrics"]["roc_auc"], metrics["test"]["metrics"]["roc_auc"]
     result = criterion_gate(
         "roc_auc_drop",
-        before - now,
+        round(before - now, 6),
         "a feature or setting that was better before, or a changed data set that needs a new baseline",
     )
     return result.model_copy(update={"detail": f"{result.detail} ({approved['version']}: {before:.4f}, now {now:.4f})"})
@@ -767,7 +766,7 @@ def version_gate(
         causes="a change in chapter 1 that was meant to be a refactoring, or a forgotten version",
     )
 
-# %% ../chapters/02_training.ipynb #5f2c1ef2
+# %% ../chapters/02_training.ipynb #5b9f6bec
 _FIXED = ("inputs_sha256", "features_sha256", "dataset_sha256", "parameters", "threshold")
 
 
@@ -783,7 +782,7 @@ def repeat_gate(
         detail = f"{', '.join(changed)} changed under the approved version {same['version']}"
         return GateResult(gate="reproducibility", passed=False, detail=detail, causes=causes)
     old, new = same["test"]["metrics"], metrics["test"]["metrics"]
-    moved = {name: abs(old[name] - new[name]) for name in old}
+    moved = {name: round(abs(old[name] - new[name]), 6) for name in old}
     worst = max(moved, key=lambda name: math.inf if math.isnan(moved[name]) else moved[name])
     result = criterion_gate("reproducibility", moved[worst], causes)
     return result.model_copy(update={"detail": f"{result.detail} (largest: {worst})"})

@@ -13,6 +13,7 @@ def cli() -> None:
 cli.add_command(course.course)
 cli.add_command(train.train)
 cli.add_command(train.approve)
+cli.add_command(train.discard)
 cli.add_command(train.point)
 cli.add_command(train.ledger)
 cli.add_command(publish.publish)

@@ -41,19 +41,32 @@ def smoke(url: str | None) -> None:
     click.echo(f"ok: {url} serves {model['version']} ({model['digest'][:19]}), {count} predictions checked")
 
 
-def get(client: Any, path: str) -> Any:
+def get(client: Any, path: str) -> dict[str, Any]:
     """GET a path and return its JSON. Raises `Failed` for anything but 200."""
     answer = client.get(path)
     if answer.status_code != 200:
         raise Failed(f"GET {path} answered {answer.status_code}: {answer.text[:300]}")
-    return answer.json()
+    return content(answer, path)
+
+
+def content(answer: Any, path: str) -> dict[str, Any]:
+    """Return the JSON object of an answer. Raises `Failed` for anything else."""
+    try:
+        body = answer.json()
+    except ValueError as error:
+        raise Failed(f"{path} answered no JSON: {answer.text[:300]}") from error
+    if not isinstance(body, dict):
+        raise Failed(f"{path} answered no object: {answer.text[:300]}")
+    return body
 
 
 def check_up(client: Any) -> dict[str, Any]:
     """Alive, ready, and able to say which model it serves."""
     get(client, "/health")
     get(client, "/ready")
-    model: dict[str, Any] = get(client, "/v1/model")
+    model = get(client, "/v1/model")
+    if missing := {"version", "digest"} - model.keys():
+        raise Failed(f"GET /v1/model lacks {', '.join(sorted(missing))}")
     return model
 
 
@@ -62,7 +75,7 @@ def golden_of(version: str) -> dict[str, Any]:
     from mlops_course.blueprint import parse_version
 
     folder = ROOT / "ops" / "releases"
-    names = [path.parent.name for path in folder.glob("*/golden.json")]
+    names = [path.parent.name for path in folder.glob("[!.]*/golden.json")]
     if not names:
         raise Failed("no approved release in ops/releases: there are no golden cases to send")
     known = version if version in names else max(names, key=parse_version)
@@ -79,11 +92,14 @@ def check_answers(client: Any, model: dict[str, Any]) -> int:
         answer = client.post("/v1/predict", json=case["request"])
         if answer.status_code != 200:
             raise Failed(f"POST /v1/predict answered {answer.status_code}: {answer.text[:300]}")
-        body = answer.json()
+        body = content(answer, "POST /v1/predict")
         if missing := {"request_id", "prediction", "probability", "threshold", "model_version"} - body.keys():
             raise Failed(f"the answer lacks {', '.join(sorted(missing))}")
-        if not 0 <= body["probability"] <= 1 or body["model_version"] != model["version"]:
+        number = isinstance(body["probability"], float | int)
+        if not number or not 0 <= body["probability"] <= 1 or body["model_version"] != model["version"]:
             raise Failed(f"implausible answer: {body}")
+        if body["prediction"] != ("disrupted" if body["probability"] >= body["threshold"] else "on_time"):
+            raise Failed(f"the prediction contradicts probability and threshold: {body}")
         if golden["exact"] and abs(body["probability"] - case["probability"]) > tolerance:
             raise Failed(f"probability {body['probability']}, recorded {case['probability']}: another model?")
     return CASES

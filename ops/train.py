@@ -60,7 +60,7 @@ def train(artifacts: Path, versions: tuple[str, ...]) -> None:
     A version that exists with the same content is left as it is. Channel `prod` is pointed to the newest approved
     release if it points to nothing yet; it is never moved. A refusal by a gate exits 1 and leaves nothing behind.
     """
-    from mlops_course.blueprint import MODEL_NAME, DataError, VersionError, load_dataset, split_by_time
+    from mlops_course.blueprint import MODEL_NAME, ArtifactError, DataError, VersionError, load_dataset, split_by_time
     from mlops_course.training import RECIPES, GateRefusal, run_gates, train_release
 
     if unknown := sorted(set(versions) - RECIPES.keys()):
@@ -75,7 +75,7 @@ def train(artifacts: Path, versions: tuple[str, ...]) -> None:
             click.echo(f"training {version}: {RECIPES[version].title}")
             done[version], _, digests[version] = train_release(version, shelf, splits)
             print_gates(version, run_gates(done[version].metrics))
-    except (DataError, GateRefusal, VersionError) as error:
+    except (ArtifactError, DataError, GateRefusal, VersionError) as error:
         raise Refused(str(error)) from error
     print_quality(done)
     for version, digest in digests.items():
@@ -127,7 +127,7 @@ def approve(version: str, name: str, note: str, artifacts: Path) -> None:
     if not re.fullmatch("[0-9a-f]{40}", manifest.provenance.git_sha):
         raise Refused(
             f"version {version} was trained from '{manifest.provenance.git_sha}', which is not a commit that "
-            f"anybody can check out; commit your changes, delete {shelf / version} and train again"
+            f"anybody can check out; commit your changes, `python -m ops discard {version}`, and train again"
         )
     scratch = target.with_name(f".{version}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -144,6 +144,20 @@ def approve(version: str, name: str, note: str, artifacts: Path) -> None:
     (scratch / "approval.json").write_bytes(canonical_json(approval))
     scratch.rename(target)
     click.echo(f"approved {version} {digest}; commit {target.relative_to(ROOT)}")
+
+
+@click.command(short_help="Delete a version that nobody uses.")
+@click.argument("version")
+@click.option("--artifacts", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "artifacts")
+def discard(version: str, artifacts: Path) -> None:
+    """Delete a trained version, so that its number can be used again. Approved versions and those in a channel stay."""
+    from mlops_course.blueprint import MODEL_NAME, VersionError, discard_version
+
+    try:
+        discard_version(artifacts.resolve() / MODEL_NAME, version)
+    except VersionError as error:
+        raise Refused(str(error)) from error
+    click.echo(f"discarded {version}")
 
 
 @click.command(short_help="Let a channel, such as prod, point to a registered version.")
