@@ -9,7 +9,7 @@ __all__ = ['MODEL_NAME', 'LABEL', 'LATE_MINUTES', 'SCORING_LEAD', 'ALERT_BUDGET'
            'recent_origin_delay', 'load_flights', 'load_dataset', 'derive', 'add_derived', 'split_by_time',
            'check_bounds', 'sha256_text', 'split_ledger', 'canonical_json', 'sha256_file', 'dataset_sha256',
            'Provenance', 'Manifest', 'artifact_digest', 'VersionError', 'parse_version', 'model_input',
-           'features_sha256', 'ArtifactError', 'verify_artifact', 'write_artifact', 'Registry', 'read_registry',
+           'features_sha256', 'Registry', 'read_registry', 'ArtifactError', 'verify_artifact', 'write_artifact',
            'register', 'releases_folder', 'approved_versions', 'point_channel', 'discard_version', 'resolve_channel',
            'bin_edges', 'number_shares', 'category_shares', 'make_reference', 'practice', 'Headline']
 
@@ -686,6 +686,23 @@ def features_sha256(
     digest.update(table[list(NUMERIC)].to_numpy().tobytes())
     return digest.hexdigest()
 
+# %% ../chapters/01_blueprint.ipynb #67e3aaf7
+class Registry(BaseModel):
+    "Versions with their digests, and channels that point to versions."
+
+    model_config = ConfigDict(extra="forbid")
+
+    versions: dict[str, str] = {}  # version -> digest
+    channels: dict[str, str] = {}  # channel -> version
+
+# %% ../chapters/01_blueprint.ipynb #8cb2c8ac
+def read_registry(
+    root: Path,  # the folder of all versions
+) -> Registry:
+    "The registry of this folder; an empty one if there is none yet."
+    path = root / "registry.json"
+    return Registry.model_validate_json(path.read_bytes()) if path.exists() else Registry()
+
 # %% ../chapters/01_blueprint.ipynb #32427373
 class ArtifactError(RuntimeError):
     "An artifact is not what it should be. The text names the file and what is wrong."
@@ -745,7 +762,7 @@ def _verify_files(
         if sha256_file(path) != expected[name]:
             raise ArtifactError(f"{folder.name}/{name} was changed: its SHA-256 is not the manifest's")
 
-# %% ../chapters/01_blueprint.ipynb #26a42260
+# %% ../chapters/01_blueprint.ipynb #127b804d
 def write_artifact(
     root: Path,  # the folder of all versions, such as artifacts/flight-disruption
     files: Mapping[str, bytes],  # file name -> content, without the manifest
@@ -758,17 +775,25 @@ def write_artifact(
     folder = root / manifest.version
     if folder.exists():
         return folder, _already_there(folder, manifest)
+    raw = canonical_json(manifest.model_dump(mode="json"))
+    known = read_registry(root).versions.get(manifest.version)
+    if known not in (None, artifact_digest(raw)):
+        raise VersionError(
+            f"version {manifest.version} is registered as {known}, not {artifact_digest(raw)}; {_ADVICE}"
+        )
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=root) as scratch:
         inside = Path(scratch) / "artifact"
         inside.mkdir()
-        raw = canonical_json(manifest.model_dump(mode="json"))
         for name, data in {**files, MANIFEST: raw}.items():
             (inside / name).write_bytes(data)
         inside.rename(folder)
     return folder, artifact_digest(raw)
 
-# %% ../chapters/01_blueprint.ipynb #e30b4a03
+
+_ADVICE = "raise the version, or, if nobody uses the old one: python -m ops discard VERSION"
+
+# %% ../chapters/01_blueprint.ipynb #f6d45978
 def _already_there(folder: Path, manifest: Manifest) -> str:
     "The digest of the version that exists, if its content is the same; otherwise `VersionError`."
     present = verify_artifact(folder)
@@ -776,27 +801,7 @@ def _already_there(folder: Path, manifest: Manifest) -> str:
         return artifact_digest(_read_manifest(folder))
     names = {*present.files, *manifest.files}
     differ = sorted(n for n in names if present.files.get(n) != manifest.files.get(n)) or ["manifest fields"]
-    raise VersionError(
-        f"version {manifest.version} exists with other content ({', '.join(differ)}); "
-        f"raise the version, or, if nobody uses it: python -m ops discard {manifest.version}"
-    )
-
-# %% ../chapters/01_blueprint.ipynb #67e3aaf7
-class Registry(BaseModel):
-    "Versions with their digests, and channels that point to versions."
-
-    model_config = ConfigDict(extra="forbid")
-
-    versions: dict[str, str] = {}  # version -> digest
-    channels: dict[str, str] = {}  # channel -> version
-
-# %% ../chapters/01_blueprint.ipynb #8cb2c8ac
-def read_registry(
-    root: Path,  # the folder of all versions
-) -> Registry:
-    "The registry of this folder; an empty one if there is none yet."
-    path = root / "registry.json"
-    return Registry.model_validate_json(path.read_bytes()) if path.exists() else Registry()
+    raise VersionError(f"version {manifest.version} exists with other content ({', '.join(differ)}); {_ADVICE}")
 
 # %% ../chapters/01_blueprint.ipynb #65f92124
 def _save_registry(root: Path, registry: Registry) -> None:

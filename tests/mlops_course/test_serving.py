@@ -374,7 +374,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "another range": (_other_columns, "another type, unit or range"),
     "an impossible threshold": (lambda _: {"threshold": 1.5}, "threshold is not between"),
-    "an unknown field in the manifest": (lambda _: {"surprise": 1}, "cannot be read as an artifact"),
+    "an unknown field in the manifest": (lambda _: {"surprise": 1}, "is not a manifest of this course"),
     "no golden cases": (lambda f: ((f / "golden.json").write_text('{"cases": []}'), {})[1], "there is no case in it"),
     "golden cases that are no JSON": (lambda f: ((f / "golden.json").write_text("{"), {})[1], "cannot be read"),
     "no golden file": (_unlink, "golden.json is missing"),

@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from mlops_course import training
+from mlops_course import blueprint, training
 from mlops_course.blueprint import (
     CATEGORICAL,
     COLUMNS,
@@ -42,6 +42,7 @@ from mlops_course.blueprint import (
     add_derived,
     artifact_digest,
     canonical_json,
+    discard_version,
     features_sha256,
     model_input,
     read_registry,
@@ -979,9 +980,13 @@ def test_a_version_in_use_whose_folder_was_deleted_comes_back_only_with_its_dige
     assert package(logistic, splits, emptied, tmp_path / "releases") == (emptied / "1.0.0", packaged[1])
 
 
-def test_a_version_that_was_never_used_can_be_deleted_and_made_again(emptied, packaged, logistic, splits, tmp_path):
+def test_a_version_that_was_never_used_can_be_discarded_and_made_again(
+    emptied, packaged, logistic, splits, tmp_path, monkeypatch
+):
     """That is what the refusal of other content advises."""
     other = logistic.model_copy(update={"threshold": 0.9})
+    monkeypatch.setattr(blueprint, "approved_versions", lambda: [])
+    discard_version(emptied, "1.0.0")
     folder, digest = package(other, splits, emptied, tmp_path / "releases")
     assert digest != packaged[1]
     assert read_registry(emptied).versions == {"1.0.0": digest}

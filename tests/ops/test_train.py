@@ -259,13 +259,15 @@ def test_what_nobody_can_check_out_cannot_be_approved(artifacts, project, commit
 
 
 def test_the_advice_of_that_refusal_works(quick, monkeypatch):
-    """Commit, delete the folder, train again: the same content from a commit can then be approved."""
+    """Commit, discard, train again: the same content from a commit can then be approved."""
     dirty = training.provenance().model_copy(update={"git_sha": f"{COMMIT}-dirty"})
     with monkeypatch.context() as changed:
         changed.setattr(training, "provenance", lambda: dirty)
         assert run("train", "--artifacts", quick / "artifacts", "--version", "1.0.0").exit_code == 0
-    assert "delete" in approve("1.0.0", quick / "artifacts").output
-    shutil.rmtree(quick / "artifacts" / MODEL_NAME / "1.0.0")
+    assert "`python -m ops discard 1.0.0`" in approve("1.0.0", quick / "artifacts").output
+    discarded = run("discard", "1.0.0", "--artifacts", quick / "artifacts")
+    assert (discarded.exit_code, discarded.output) == (0, "discarded 1.0.0\n")
+    assert not (quick / "artifacts" / MODEL_NAME / "1.0.0").exists()
     again = run("train", "--artifacts", quick / "artifacts", "--version", "1.0.0")
     assert again.exit_code == 0, again.output
     assert approve("1.0.0", quick / "artifacts").exit_code == 0
