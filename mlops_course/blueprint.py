@@ -762,7 +762,7 @@ def _verify_files(
         if sha256_file(path) != expected[name]:
             raise ArtifactError(f"{folder.name}/{name} was changed: its SHA-256 is not the manifest's")
 
-# %% ../chapters/01_blueprint.ipynb #127b804d
+# %% ../chapters/01_blueprint.ipynb #2a84eadb
 def write_artifact(
     root: Path,  # the folder of all versions, such as artifacts/flight-disruption
     files: Mapping[str, bytes],  # file name -> content, without the manifest
@@ -776,11 +776,9 @@ def write_artifact(
     if folder.exists():
         return folder, _already_there(folder, manifest)
     raw = canonical_json(manifest.model_dump(mode="json"))
-    known = read_registry(root).versions.get(manifest.version)
-    if known not in (None, artifact_digest(raw)):
-        raise VersionError(
-            f"version {manifest.version} is registered as {known}, not {artifact_digest(raw)}; {_ADVICE}"
-        )
+    known, digest = read_registry(root).versions.get(manifest.version), artifact_digest(raw)
+    if known not in (None, digest):
+        raise VersionError(f"version {manifest.version} is registered as {known}, not {digest}; {_ADVICE}")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=root) as scratch:
         inside = Path(scratch) / "artifact"
@@ -788,7 +786,7 @@ def write_artifact(
         for name, data in {**files, MANIFEST: raw}.items():
             (inside / name).write_bytes(data)
         inside.rename(folder)
-    return folder, artifact_digest(raw)
+    return folder, digest
 
 
 _ADVICE = "raise the version, or, if nobody uses the old one: python -m ops discard VERSION"
