@@ -731,11 +731,12 @@ def verify_artifact(
         raise ArtifactError(f"cannot read {error.filename}: {error.strerror}; fetch the artifact again") from error
     return manifest
 
-# %% ../chapters/01_blueprint.ipynb #c72bab2f
+# %% ../chapters/01_blueprint.ipynb #e5cf0933
 def _read_manifest(folder: Path) -> bytes:
     "The manifest's bytes, or an `ArtifactError` that says why they cannot be had."
-    if (folder / MANIFEST).is_symlink():
-        raise ArtifactError(f"{folder.name}/{MANIFEST} is a link, not a plain file; fetch the artifact again")
+    path = folder / MANIFEST
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ArtifactError(f"{folder.name}/{MANIFEST} is not a plain file; fetch the artifact again")
     try:
         return (folder / MANIFEST).read_bytes()
     except OSError as error:
@@ -762,7 +763,7 @@ def _verify_files(
         if sha256_file(path) != expected[name]:
             raise ArtifactError(f"{folder.name}/{name} was changed: its SHA-256 is not the manifest's")
 
-# %% ../chapters/01_blueprint.ipynb #2a84eadb
+# %% ../chapters/01_blueprint.ipynb #3eafe316
 def write_artifact(
     root: Path,  # the folder of all versions, such as artifacts/flight-disruption
     files: Mapping[str, bytes],  # file name -> content, without the manifest
@@ -778,7 +779,9 @@ def write_artifact(
     raw = canonical_json(manifest.model_dump(mode="json"))
     known, digest = read_registry(root).versions.get(manifest.version), artifact_digest(raw)
     if known not in (None, digest):
-        raise VersionError(f"version {manifest.version} is registered as {known}, not {digest}; {_ADVICE}")
+        raise VersionError(
+            f"version {manifest.version} is registered as {known}, not {digest}; {_advice(manifest.version)}"
+        )
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=root) as scratch:
         inside = Path(scratch) / "artifact"
@@ -789,9 +792,11 @@ def write_artifact(
     return folder, digest
 
 
-_ADVICE = "raise the version, or, if nobody uses the old one: python -m ops discard VERSION"
+def _advice(version: str) -> str:
+    "What to do when a version exists with other content."
+    return f"raise the version in the recipe, or, if nobody uses the old one: .venv/bin/python -m ops discard {version}"
 
-# %% ../chapters/01_blueprint.ipynb #f6d45978
+# %% ../chapters/01_blueprint.ipynb #18d84efd
 def _already_there(folder: Path, manifest: Manifest) -> str:
     "The digest of the version that exists, if its content is the same; otherwise `VersionError`."
     present = verify_artifact(folder)
@@ -799,7 +804,8 @@ def _already_there(folder: Path, manifest: Manifest) -> str:
         return artifact_digest(_read_manifest(folder))
     names = {*present.files, *manifest.files}
     differ = sorted(n for n in names if present.files.get(n) != manifest.files.get(n)) or ["manifest fields"]
-    raise VersionError(f"version {manifest.version} exists with other content ({', '.join(differ)}); {_ADVICE}")
+    named = ", ".join(differ[:3]) + (", …" if len(differ) > 3 else "")
+    raise VersionError(f"version {manifest.version} exists with other content ({named}); {_advice(manifest.version)}")
 
 # %% ../chapters/01_blueprint.ipynb #65f92124
 def _save_registry(root: Path, registry: Registry) -> None:
@@ -854,7 +860,7 @@ def point_channel(
     registry.channels[channel] = version
     _save_registry(root, registry)
 
-# %% ../chapters/01_blueprint.ipynb #326e5697
+# %% ../chapters/01_blueprint.ipynb #887718ae
 def discard_version(
     root: Path,  # the folder of all versions
     version: str,  # a version that nobody uses
@@ -862,7 +868,10 @@ def discard_version(
     "Delete a version and forget its digest. Refused if it is approved, or if a channel points to it."
     registry = read_registry(root)
     if version in approved_versions() or version in registry.channels.values():
-        raise VersionError(f"version {version} is approved or in a channel, so it stays; raise the version instead")
+        raise VersionError(
+            f"version {version} is approved or in a channel, so it stays; raise the version instead "
+            "(to start over with everything: remove the artifacts folder, then make train)"
+        )
     if version not in registry.versions and not (root / version).exists():
         raise VersionError(f"version {version} is not in {root}; known: {', '.join(registry.versions) or 'none'}")
     registry.versions.pop(version, None)

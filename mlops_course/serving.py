@@ -7,20 +7,21 @@ __all__ = ['EXAMPLE', 'BATCH_LIMIT', 'SECRETS', 'LogLevel', 'MIN_KEY', 'LOCAL_TI
            'check_setting', 'check_secret', 'ConfigError', 'load_settings', 'config_fingerprint', 'model_source',
            'Schedule', 'PredictRequest', 'BatchRequest', 'Prediction', 'BatchPrediction', 'FieldError', 'Problem',
            'Score', 'decide', 'ServiceError', 'InvalidInput', 'TooLarge', 'WrongMediaType', 'SlowBody', 'NotHttp',
-           'Unauthorised', 'NotFound', 'WrongMethod', 'NotReady', 'Overloaded', 'Answer', 'problem', 'field_errors',
-           'invalid', 'accept_id', 'new_id', 'features', 'run_graph', 'Model', 'check_compatible', 'replay',
-           'load_model', 'warm_up', 'Call', 'Observer', 'NullObserver', 'Runtime', 'reload', 'render', 'parse',
-           'score_one', 'score_batch', 'read_head', 'check_key', 'watch_lag', 'check_body', 'admit', 'ClientGone',
-           'collect', 'read_body', 'answer_one', 'answer_batch', 'respond', 'describe', 'closing', 'finish', 'deliver',
-           'runtime_of', 'as_response', 'documented', 'predict', 'predict_batch', 'ModelInfo', 'served_model', 'Status',
-           'health', 'ready', 'metrics', 'open_call', 'bounded', 'Service', 'run_watched', 'translated', 'lifespan',
-           'complete', 'build_app']
+           'HeadersTooLarge', 'Unauthorised', 'NotFound', 'WrongMethod', 'NotReady', 'Overloaded', 'Answer', 'problem',
+           'field_errors', 'invalid', 'accept_id', 'new_id', 'features', 'run_graph', 'Model', 'check_compatible',
+           'replay', 'load_model', 'warm_up', 'Call', 'Observer', 'NullObserver', 'Runtime', 'reload', 'render',
+           'parse', 'score_one', 'score_batch', 'read_head', 'check_key', 'watch_lag', 'check_body', 'admit',
+           'ClientGone', 'collect', 'read_body', 'answer_one', 'answer_batch', 'respond', 'describe', 'closing',
+           'finish', 'deliver', 'runtime_of', 'as_response', 'documented', 'predict', 'predict_batch', 'ModelInfo',
+           'served_model', 'Status', 'health', 'ready', 'metrics', 'open_call', 'bounded', 'Service', 'run_watched',
+           'translated', 'lifespan', 'complete', 'build_app']
 
-# %% ../chapters/03_serving.ipynb #f720f270
+# %% ../chapters/03_serving.ipynb #80a443d7
 import asyncio
 import hashlib
 import hmac
 import json
+import os
 import re
 import secrets
 import time
@@ -85,16 +86,17 @@ EXAMPLE: dict[str, Any] = {
 BATCH_LIMIT = 1_000  # most flights in one batch request; part of the published contract
 SECRETS = Path("/run/secrets")  # files here are read like environment variables of the same name
 
-# %% ../chapters/03_serving.ipynb #63cae977
+# %% ../chapters/03_serving.ipynb #2c77985e
 class Limits(BaseSettings):
     "How much the service accepts, and how long it waits. Bytes, milliseconds and seconds as the names say."
 
     model_config = SettingsConfigDict(env_ignore_empty=True, hide_input_in_errors=True, frozen=True)
 
-    max_body_bytes: int = Field(16_384, ge=1_024, le=1_048_576, description="largest body of one prediction")
-    max_batch_bytes: int = Field(1_048_576, ge=1_024, le=16_777_216, description="largest body of a batch")
-    max_batch: int = Field(BATCH_LIMIT, ge=1, le=BATCH_LIMIT, description="most flights in one batch")
-    max_batches_waiting: int = Field(4, ge=1, le=100, description="batches in work or waiting, then 503")
+    max_body_bytes: int = Field(16_384, ge=1_024, le=1_048_576, description="largest body of one prediction, bytes")
+    max_batch_bytes: int = Field(1_048_576, ge=1_024, le=16_777_216, description="largest body of a batch, bytes")
+    max_batch: int = Field(BATCH_LIMIT, ge=1, le=BATCH_LIMIT, description="largest number of flights in one batch")
+    max_batches_waiting: int = Field(4, ge=1, le=100, description="number of batches in work, then 503")
+    max_header_bytes: int = Field(65_536, ge=1_024, le=1_048_576, description="largest headers of a request, bytes")
     max_lag_ms: float = Field(100, ge=5, le=10_000, description="delay of the event loop that means overload")
     header_timeout_s: float = Field(10, ge=0.1, le=120, description="time for a client to send its headers")
     body_timeout_s: float = Field(10, ge=0.1, le=120, description="time for a client to send its body")
@@ -110,81 +112,109 @@ def _lower(value: Any) -> Any:
 
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
 
-# %% ../chapters/03_serving.ipynb #aa1547d4
+# %% ../chapters/03_serving.ipynb #69825a73
 class Settings(Limits):
     "Everything that may differ between two places where the service runs. Immutable."
 
-    app_env: Literal["dev", "staging", "prod"] = Field("dev", description="dev, staging or prod")
+    app_env: Literal["dev", "staging", "prod"] = Field("dev", description="kind of place: dev, staging or prod")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on, 0.0.0.0 in a container")
     port: int = Field(8000, ge=1, le=65_535, description="port to listen on")
     log_level: LogLevel = Field("info", description="least level logged: debug, info, warning, error")
     git_sha: str = Field("unknown", pattern=r"^[0-9A-Za-z.-]{1,64}$", description="commit of the service")
-    model_uri: str | None = Field(None, description="the path of an artifact's folder")
-    model_digest: str | None = Field(None, pattern=r"^sha256:[0-9a-f]{64}$", description="its digest, sha256:…")
-    threshold: float | None = Field(None, ge=0, le=1, description="replaces the artifact's threshold, 0 to 1")
-    api_key: SecretStr | None = Field(None, description="at least 16 random characters, no placeholder")
+    model_uri: str | None = Field(None, description="path of an artifact's folder")
+    model_digest: str | None = Field(
+        None, pattern=r"^sha256:[0-9a-f]{64}$", description="digest of the artifact, sha256:…"
+    )
+    threshold: float | None = Field(None, ge=0, le=1, description="threshold in place of the model's, 0 to 1")
+    api_key: SecretStr | None = Field(None, description="key: 16 or more random printable characters")
 
-    _checks = field_validator("model_uri", "model_digest", "api_key")(lambda value, info: check_setting(value, info))
+    _checks = field_validator("git_sha", "model_uri", "model_digest", "api_key")(
+        lambda value, info: check_setting(value, info)
+    )
 
-# %% ../chapters/03_serving.ipynb #c52dfeb0
-_PLACEHOLDER = re.compile(r"change.?me|place.?holder|example|password|passwort|secret|your.?|insert|todo|test|1234")
+# %% ../chapters/03_serving.ipynb #36f396db
+_WORDS = "change|me|place|holder|example|dummy|default|password|passwort|secret|your|insert|todo|test|api|key"
+_is_placeholder = re.compile(rf"(?:{_WORDS})+|[0-9]*12345[0-9]*").fullmatch  # of one run of letters or digits
+_is_loopback = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|::1").fullmatch
 MIN_KEY = 16  # characters of an API key
 
-# %% ../chapters/03_serving.ipynb #7153fd19
+# %% ../chapters/03_serving.ipynb #7a0a2668
 def check_setting(
-    value: Any,  # of MODEL_URI, MODEL_DIGEST or API_KEY
+    value: Any,  # of GIT_SHA, MODEL_URI, MODEL_DIGEST or API_KEY
     info: ValidationInfo,  # which of them, and the settings before it
 ) -> Any:
-    "Refuse a value that is missing outside dev, a remote model, and a weak key."
-    if value is None and info.data.get("app_env") in ("staging", "prod"):
+    "Refuse a value that is missing where it is needed, a remote model, and a weak key."
+    missing = value is None or (info.field_name == "git_sha" and value == "unknown")
+    if missing and info.data.get("app_env") in ("staging", "prod"):
         raise PydanticCustomError("required", "is missing, and is required when APP_ENV is staging or prod")
+    if missing and info.field_name == "api_key" and not _is_loopback(info.data.get("host", "localhost")):
+        raise PydanticCustomError("required", "is missing, and is required when HOST is not a loopback address")
     if info.field_name == "model_uri" and value is not None and "://" in value:
         raise PydanticCustomError("remote", "is not a local path; fetch the artifact first")
     if isinstance(value, SecretStr):
         check_secret(value.get_secret_value())
     return value
 
-# %% ../chapters/03_serving.ipynb #7d3ce4cc
+# %% ../chapters/03_serving.ipynb #2074b62c
 def check_secret(
     key: str,  # as configured
 ) -> None:
     "Refuse a key that is short, simple or a placeholder. The message does not hold it."
+    if not all("!" <= character <= "~" for character in key):
+        raise PydanticCustomError("form", "is not made of printable ASCII characters without spaces")
     if len(key) < MIN_KEY or len(set(key)) < 6:
         raise PydanticCustomError("weak", "is too short or too simple to be a secret")
-    if _PLACEHOLDER.search(key.lower()):
+    if any(_is_placeholder(word) for word in re.findall("[a-z]+|[0-9]+", key.lower())):
         raise PydanticCustomError("placeholder", "is a placeholder, not a secret")
 
 # %% ../chapters/03_serving.ipynb #2cd4f560
 class ConfigError(ValueError):
     "The configuration is not usable. One line per problem: variable, what is wrong, how to mend it."
 
-# %% ../chapters/03_serving.ipynb #e66592db
+# %% ../chapters/03_serving.ipynb #9408889c
 def load_settings(
     secrets_dir: Path = SECRETS,  # files here count like environment variables
 ) -> Settings:
     "Settings from the environment and from secret files. Raises `ConfigError`, which never holds a value."
     extra: dict[str, Any] = {"_secrets_dir": secrets_dir} if secrets_dir.is_dir() else {}
-    try:
-        return Settings(**extra)
-    except ValidationError as error:
-        lines = [_config_line(str(e["loc"][0]), e["msg"]) for e in error.errors(include_input=False)]
+    lines = _unusable_sources(secrets_dir)
+    if not lines:
+        try:
+            return Settings(**extra)
+        except ValidationError as error:
+            lines = [_config_line(str(e["loc"][0]), e["msg"]) for e in error.errors(include_input=False)]
     raise ConfigError("\n".join(lines))
 
-# %% ../chapters/03_serving.ipynb #70cee36c
+# %% ../chapters/03_serving.ipynb #ef0ad0a0
 def _config_line(name: str, problem: str) -> str:
-    "One line about one setting: its variable, the problem, and what to set."
+    "One line about one setting: its variable, the problem, and what the setting is."
     problem = problem.replace("Input should", "should").replace("String should", "should")
-    return f"{name.upper()}: {problem}; set it to: {Settings.model_fields[name].description}"
+    return f"{name.upper()}: {problem} ({name.upper()} is the {Settings.model_fields[name].description})"
 
-# %% ../chapters/03_serving.ipynb #4546098f
-_PLACE = {"host", "port", "log_level", "git_sha", "model_uri", "api_key"}  # where, not how
+
+def _unusable_sources(secrets_dir: Path) -> list[str]:
+    "One line for an empty APP_ENV, which must not mean dev, and for each secret file that is no text."
+    empty = {name.upper() for name, value in os.environ.items() if not value}
+    lines = [_config_line("app_env", "is empty")] if "APP_ENV" in empty else []
+    for path in sorted(secrets_dir.iterdir()) if secrets_dir.is_dir() else ():
+        name = path.name.lower()
+        try:
+            if name in Settings.model_fields and not (path.is_file() and path.read_text("utf-8").strip()):
+                lines.append(_config_line(name, f"{path} is empty or not a file"))
+        except (OSError, UnicodeError):
+            lines.append(_config_line(name, f"{path} cannot be read as text"))
+    return lines
+
+# %% ../chapters/03_serving.ipynb #76a79152
+_CONNECTIONS = {"keep_alive_s", "drain_s", "stop_s"}  # limits that change no answer
+_BEHAVIOUR = {"threshold", *Limits.model_fields} - _CONNECTIONS
 
 
 def config_fingerprint(
     settings: Settings,  # validated
 ) -> str:
     "12 hex digits that change when a setting changes that can change an answer. No secret goes into it."
-    return hashlib.sha256(canonical_json(settings.model_dump(exclude=_PLACE))).hexdigest()[:12]
+    return hashlib.sha256(canonical_json(settings.model_dump(include=_BEHAVIOUR))).hexdigest()[:12]
 
 # %% ../chapters/03_serving.ipynb #34bc4ff3
 def model_source(
@@ -358,7 +388,7 @@ class TooLarge(ServiceError):
 class WrongMediaType(ServiceError):
     status, kind, title = 415, "unsupported-media-type", "The body must be JSON"
 
-# %% ../chapters/03_serving.ipynb #46a87217
+# %% ../chapters/03_serving.ipynb #52e13801
 class SlowBody(ServiceError):
     status, kind, title = 408, "slow-body", "The body took too long to arrive"
     headers = ((b"connection", b"close"),)
@@ -366,6 +396,10 @@ class SlowBody(ServiceError):
 
 class NotHttp(ServiceError):
     status, kind, title = 400, "not-http", "This is not a valid HTTP request"
+
+
+class HeadersTooLarge(ServiceError):
+    status, kind, title = 431, "headers-too-large", "The headers are too large"
 
 
 class Unauthorised(ServiceError):
@@ -390,10 +424,10 @@ class Overloaded(ServiceError):
     status, kind, title = 503, "overloaded", "The service is busy"
     headers = ((b"retry-after", b"1"),)
 
-# %% ../chapters/03_serving.ipynb #02ea71f7
+# %% ../chapters/03_serving.ipynb #5ea44b75
 ERRORS: tuple[type[ServiceError], ...] = (
     *(NotHttp, InvalidInput, Unauthorised, NotFound, WrongMethod, SlowBody, TooLarge),
-    *(WrongMediaType, NotReady, Overloaded, ServiceError),
+    *(WrongMediaType, HeadersTooLarge, NotReady, Overloaded, ServiceError),
 )
 
 # %% ../chapters/03_serving.ipynb #902ad15d
@@ -458,8 +492,8 @@ _PROBLEMS = {  # pydantic's name for a mistake -> ours
     "extra_forbidden": "is not part of the contract",
 }
 
-# %% ../chapters/03_serving.ipynb #9d0ef602
-MAX_ERRORS = 20  # how many mistakes one answer names
+# %% ../chapters/03_serving.ipynb #227c1120
+MAX_ERRORS = 20  # mistakes that are named; with more, the answer only says that there are many
 
 
 def _unknown_field(
@@ -480,28 +514,30 @@ def _place(
     path = "".join(f"[{part}]." if isinstance(part, int) else part for part in before)
     return (path, last) if isinstance(last, str) else (f"{path}[{last}]", "")
 
-# %% ../chapters/03_serving.ipynb #bff83549
+# %% ../chapters/03_serving.ipynb #7859deb6
 def field_errors(
     error: ValidationError,  # from `PredictRequest` or `BatchRequest`
 ) -> list[FieldError]:
-    "What is wrong, field by field, at most `MAX_ERRORS`, without any value that the client sent."
+    "What is wrong, field by field, without any value that the client sent."
     found = []
-    for item in error.errors(include_url=False, include_input=False, include_context=False)[:MAX_ERRORS]:
+    for item in error.errors(include_url=False, include_input=False, include_context=False):
         (path, name), kind = _place(item["loc"]), item["type"]
         unknown = kind == "extra_forbidden"
         shown, fix = ("(unknown)", _unknown_field(name)) if unknown else (name, _fix(name))
         found.append(FieldError(field=path + shown, problem=_PROBLEMS.get(kind, "is not acceptable"), fix=fix))
     return found
 
-# %% ../chapters/03_serving.ipynb #57456df8
+# %% ../chapters/03_serving.ipynb #7a60de9a
 def invalid(
     error: ValidationError,  # from a schema of this chapter
 ) -> InvalidInput:
-    "The typed error for refused input."
+    "The typed error for refused input. A hundred thousand mistakes are not described: that would cost a second."
+    if error.error_count() > MAX_ERRORS:
+        many = FieldError(field="body", problem=f"has more than {MAX_ERRORS} mistakes", fix=_fix("body"))
+        return InvalidInput(f"Refused: more than {MAX_ERRORS} mistakes.", [many])
     errors = field_errors(error)
     names = ", ".join(dict.fromkeys(e.field for e in errors))
-    more = error.error_count() - len(errors)
-    return InvalidInput(f"Refused: {names}" + (f" and {more} more." if more > 0 else "."), errors)
+    return InvalidInput(f"Refused: {names}.", errors)
 
 # %% ../chapters/03_serving.ipynb #0b641855
 _is_id = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
@@ -574,13 +610,13 @@ def _same_column(ours: Column, theirs: Column) -> bool:
     "Whether two columns make the same promise; the explaining text may differ."
     return ours.model_dump(exclude={"text"}) == theirs.model_dump(exclude={"text"})
 
-# %% ../chapters/03_serving.ipynb #0f3cc8ff
+# %% ../chapters/03_serving.ipynb #9c27ed11
 def check_compatible(
     manifest: Manifest,  # of the model to serve
 ) -> None:
     "Refuse a model with another name, another major version, or another input contract than this service's."
     ours = all(c.name in COLUMNS and _same_column(COLUMNS[c.name], c) for c in manifest.features)
-    for holds, problem in (
+    for fits, problem in (
         (manifest.name == MODEL_NAME, f"this is another model, not {MODEL_NAME}"),
         (
             parse_version(manifest.version)[0] == CONTRACT_MAJOR,
@@ -590,20 +626,23 @@ def check_compatible(
         (ours, "a feature has another type, unit or range than in the contract"),
         (0 <= manifest.threshold <= 1, "the threshold is not between 0 and 1"),
     ):
-        if not holds:
+        if not fits:
             raise ArtifactError(f"{MANIFEST}: {problem}; this service cannot serve it")
 
-# %% ../chapters/03_serving.ipynb #2e2187a0
+# %% ../chapters/03_serving.ipynb #ea1d4d23
 def _verified(
     folder: Path,  # the artifact's folder
     digest: str | None,  # what it must be; None accepts what is there
 ) -> tuple[Manifest, str]:
     "The manifest and the digest of a folder in which every file is what the manifest says."
     path = folder / MANIFEST
-    if path.is_symlink():
-        raise ArtifactError(f"{MANIFEST} is a symbolic link; fetch the artifact again")
-    expected = digest or artifact_digest(path.read_bytes())
-    return verify_artifact(folder, expected), expected
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # opening a pipe would wait for ever
+        raise ArtifactError(f"{MANIFEST} is a symbolic link or not a plain file; fetch the artifact again")
+    found = artifact_digest(path.read_bytes()) if path.is_file() else digest
+    if digest is not None and found != digest:
+        problem = "it was changed after it was registered, or MODEL_DIGEST is wrong"
+        raise ArtifactError(f"{folder.name}/{MANIFEST} has digest {found}, expected {digest}; {problem}")
+    return verify_artifact(folder, found), str(found)
 
 # %% ../chapters/03_serving.ipynb #f233d32a
 def _verified_bytes(
@@ -646,13 +685,13 @@ def _compare(number: int, ours: float, expected: float) -> None:
             "training-serving skew"
         )
 
-# %% ../chapters/03_serving.ipynb #a0e6b559
+# %% ../chapters/03_serving.ipynb #2e25c013
 def replay(
     golden: bytes,  # of golden.json
     session: "InferenceSession",  # the model to check
 ) -> int:
     "Replay the golden requests, alone and together. Returns how many; raises `ArtifactError` on a difference."
-    cases = json.loads(golden)["cases"]
+    cases = json.loads(golden)["cases"]  # what is wrong here is told by `load_model`, with the file's name
     if not cases:
         raise ArtifactError("golden.json: there is no case in it")
     rows = [features(PredictRequest.model_validate_json(json.dumps(case["request"]))) for case in cases]
@@ -685,7 +724,17 @@ def warm_up(session: "InferenceSession") -> None:
     for _ in range(WARM_UP):
         run_graph(session, (row,))
 
-# %% ../chapters/03_serving.ipynb #b3e9661b
+# %% ../chapters/03_serving.ipynb #c4db509a
+def _using(name: str, use: Callable[..., Any], *parts: Any) -> Any:
+    "The result of using a file's content. An error names the file."
+    try:
+        return use(*parts)
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{name}: cannot be read as an artifact ({type(error).__name__})") from error
+
+
 def _load(folder: Path, digest: str | None, threshold: float | None) -> Model:
     "The steps of `load_model`, each timed."
     marks = [time.perf_counter()]
@@ -694,14 +743,15 @@ def _load(folder: Path, digest: str | None, threshold: float | None) -> Model:
     names = ("model.onnx", "golden.json", "reference.json")
     graph, golden, reference = (_verified_bytes(folder, manifest, name) for name in names)
     marks.append(time.perf_counter())
-    session = _open_graph(graph)
-    for step in (lambda: None, lambda: replay(golden, session), lambda: warm_up(session)):
+    session = _using("model.onnx", _open_graph, graph)
+    bins = _using("reference.json", json.loads, reference)
+    for step in (lambda: None, lambda: _using("golden.json", replay, golden, session), lambda: warm_up(session)):
         step()
         marks.append(time.perf_counter())
     steps = ("verify", "open", "replay", "warm up")
     seconds = {name: marks[i + 1] - marks[i] for i, name in enumerate(steps)}
     chosen = manifest.threshold if threshold is None else threshold
-    return Model(manifest, found, chosen, json.loads(reference), session, seconds)
+    return Model(manifest, found, chosen, bins, session, seconds)
 
 # %% ../chapters/03_serving.ipynb #2b298ff6
 @dataclass(slots=True)
@@ -762,7 +812,7 @@ class NullObserver:
 
     def exposition(self) -> tuple[bytes, str] | None: ...
 
-# %% ../chapters/03_serving.ipynb #6ee36ce9
+# %% ../chapters/03_serving.ipynb #3bfc67cf
 @dataclass(slots=True)
 class Runtime:
     "What one running application knows. The model is replaced as a whole or not at all."
@@ -773,7 +823,7 @@ class Runtime:
     reason: str = "the model is not loaded yet"  # why there is no model
     draining: bool = False  # SIGTERM was received
     lag: float = 0.0  # how late the event loop was last, seconds
-    batches: int = 0  # batches in work or waiting
+    batches: int = 0  # batches that were read, in work or waiting
     pool: ThreadPoolExecutor | None = None  # one worker, for batches
 
 # %% ../chapters/03_serving.ipynb #0804ec91
@@ -880,10 +930,10 @@ def _check_batch(size: int, limit: int) -> None:
         fix = FieldError(field="flights", problem=_PROBLEMS["too_long"], fix=f"send at most {limit} flights")
         raise InvalidInput("Refused: flights.", [fix])
 
-# %% ../chapters/03_serving.ipynb #8d5f8285
+# %% ../chapters/03_serving.ipynb #a7ed3669
 Head = dict[bytes, bytes]  # the few headers that the service looks at
 Handler = Callable[[Runtime, Call, Head, Receive], Awaitable[Answer]]
-_WANTED = frozenset((b"content-type", b"content-length", b"x-request-id", b"x-api-key"))
+_WANTED = frozenset((b"content-type", b"content-length", b"content-encoding", b"x-request-id", b"x-api-key"))
 
 
 def read_head(
@@ -916,7 +966,7 @@ async def watch_lag(runtime: Runtime) -> None:
         runtime.lag, before = min(late, before), late
         runtime.observer.lag(late)
 
-# %% ../chapters/03_serving.ipynb #1cb68121
+# %% ../chapters/03_serving.ipynb #8db954f8
 def check_body(
     head: Head,
     limit: int,  # largest body, bytes
@@ -925,8 +975,12 @@ def check_body(
     media = head.get(b"content-type", b"")
     if media != b"application/json" and media.split(b";")[0].strip().lower() != b"application/json":
         raise WrongMediaType("Send the header Content-Type: application/json.")
+    if head.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+        raise WrongMediaType("Send the body as it is, without compression.")
     declared = head.get(b"content-length", b"0")
-    if not declared.isdigit() or len(declared) > 12 or int(declared) > limit:
+    if not declared.isdigit():
+        raise NotHttp("Content-Length must be a number.")
+    if len(declared) > 12 or int(declared) > limit:
         raise TooLarge(f"The body may have at most {limit} bytes.")
 
 # %% ../chapters/03_serving.ipynb #807d5c5e
@@ -987,16 +1041,16 @@ async def answer_one(runtime: Runtime, call: Call, head: Head, receive: Receive)
     body = await read_body(receive, settings.max_body_bytes, settings.body_timeout_s)
     return Answer(200, _JSON, score_one(runtime, call, body))
 
-# %% ../chapters/03_serving.ipynb #85051373
+# %% ../chapters/03_serving.ipynb #3e20d374
 async def answer_batch(runtime: Runtime, call: Call, head: Head, receive: Receive) -> Answer:
     "POST /v1/predict/batch."
     settings = runtime.settings
     admit(runtime, head, settings.max_batch_bytes)
+    body = await read_body(receive, settings.max_batch_bytes, settings.body_timeout_s)
     if runtime.batches >= settings.max_batches_waiting:
         raise Overloaded("Too many batches are waiting; try again later.")
-    runtime.batches += 1
+    runtime.batches += 1  # only now: a slow client must not hold a place
     try:
-        body = await read_body(receive, settings.max_batch_bytes, settings.body_timeout_s)
         loop = asyncio.get_running_loop()
         return Answer(200, _JSON, await loop.run_in_executor(runtime.pool, score_batch, runtime, call, body))
     finally:
@@ -1080,14 +1134,28 @@ def as_response(answer: Answer) -> Response:
     "An `Answer` as a response object."
     return Response(answer.body, answer.status, {k.decode(): v.decode() for k, v in answer.headers})
 
-# %% ../chapters/03_serving.ipynb #d527bcdc
+# %% ../chapters/03_serving.ipynb #bf92722a
 _SCHEMA = "#/components/schemas/"
 _RETRY = {"description": "seconds to wait before trying again", "schema": {"type": "integer"}}
+_ID = {"description": "the id of this request", "schema": {"type": "string"}}
+_HUMIDITY = FieldError(field="humidity_pct", problem=_PROBLEMS["less_than_equal"], fix=_fix("humidity_pct"))
+_EXAMPLES = {  # kind -> what such an error says
+    "not-http": NotHttp("The bytes are not a request of HTTP/1.1."),
+    "invalid-input": InvalidInput("Refused: humidity_pct.", [_HUMIDITY]),
+    "unauthorised": Unauthorised("Send the key in the header X-API-Key."),
+    "slow-body": SlowBody("The body must arrive within 10 seconds."),
+    "too-large": TooLarge("The body may have at most 16384 bytes."),
+    "unsupported-media-type": WrongMediaType("Send the header Content-Type: application/json."),
+    "headers-too-large": HeadersTooLarge("The headers may have at most 65536 bytes."),
+    "not-ready": NotReady("No model is served; /ready says why."),
+    "overloaded": Overloaded("More requests arrive than can be answered in time; try again later."),
+    "internal": ServiceError(),
+}
 
 
 def _document(entry: dict[str, Any], error: type[ServiceError]) -> None:
     "Add one error to the OpenAPI entry of its status."
-    example = json.loads(problem(error("…"), "0" * 32).body)
+    example = json.loads(problem(_EXAMPLES[error.kind], "6f1c2a9e8a444c559d0e1f2a3b4c5d6e").body)
     content = entry.setdefault("content", {}).setdefault("application/problem+json", {"examples": {}})
     content["schema"] = {"$ref": _SCHEMA + "Problem"}
     content["examples"][error.kind] = {"summary": error.title, "value": example}
@@ -1105,7 +1173,7 @@ def documented(
         _document(entries.setdefault(error.status, {}), error)
     return entries
 
-# %% ../chapters/03_serving.ipynb #a5b01497
+# %% ../chapters/03_serving.ipynb #58e88c95
 def _takes(schema: str) -> dict[str, Any]:
     "The OpenAPI entry of a JSON body, of the id header and of the key."
     content = {"application/json": {"schema": {"$ref": _SCHEMA + schema}}}
@@ -1115,11 +1183,14 @@ def _takes(schema: str) -> dict[str, Any]:
 
 
 _GUARDED: dict[str, Any] = {"security": [{"ApiKey": []}]}
-_BODY_ERRORS = (InvalidInput, SlowBody, TooLarge, WrongMediaType, Overloaded)
+_ANYWHERE = (NotHttp, HeadersTooLarge)
+_BODY_ERRORS = (*_ANYWHERE, InvalidInput, SlowBody, TooLarge, WrongMediaType, Overloaded)
 
-# %% ../chapters/03_serving.ipynb #db756750
+# %% ../chapters/03_serving.ipynb #a5dece58
 @v1.post(
     "/predict",
+    operation_id="predict",
+    summary="Predict one flight",
     response_model=Prediction,
     responses=documented(Unauthorised, *_BODY_ERRORS, NotReady, ServiceError),
     openapi_extra=_takes("PredictRequest"),
@@ -1133,9 +1204,11 @@ async def predict(request: Request) -> Response:
     """
     return await _through_fastapi(answer_one, request)
 
-# %% ../chapters/03_serving.ipynb #c80a3f4a
+# %% ../chapters/03_serving.ipynb #a08ba074
 @v1.post(
     "/predict/batch",
+    operation_id="predictBatch",
+    summary="Predict many flights",
     response_model=BatchPrediction,
     responses=documented(Unauthorised, *_BODY_ERRORS, NotReady, ServiceError),
     openapi_extra=_takes("BatchRequest"),
@@ -1147,7 +1220,7 @@ async def predict_batch(request: Request) -> Response:
     """
     return await _through_fastapi(answer_batch, request)
 
-# %% ../chapters/03_serving.ipynb #6bf3c520
+# %% ../chapters/03_serving.ipynb #136cf2da
 class ModelInfo(BaseModel):
     "Which model and which build answer."
 
@@ -1158,13 +1231,19 @@ class ModelInfo(BaseModel):
     git_sha: str = Field(description="commit that trained the model")
     trained_at: str
     label: str = Field(description="what 'disrupted' means")
-    features: list[str] = Field(description="what the model sees, in order")
+    inputs: list[str] = Field(description="what a request says about a flight, in order")
     service_version: str
     service_git_sha: str = Field(description="commit of the service")
     config: str = Field(description="fingerprint of the settings that can change an answer")
 
-# %% ../chapters/03_serving.ipynb #25d7835b
-@v1.get("/model", responses=documented(Unauthorised, NotReady, ServiceError), openapi_extra=_GUARDED)
+# %% ../chapters/03_serving.ipynb #745cf87e
+@v1.get(
+    "/model",
+    operation_id="describeModel",
+    summary="Describe the model",
+    responses=documented(*_ANYWHERE, Unauthorised, NotReady, ServiceError),
+    openapi_extra=_GUARDED,
+)
 async def served_model(runtime: RuntimeDep) -> ModelInfo:
     """Which model is served, and by which build."""
     model = _serving(runtime)
@@ -1177,32 +1256,37 @@ async def served_model(runtime: RuntimeDep) -> ModelInfo:
         git_sha=manifest.provenance.git_sha,
         trained_at=manifest.provenance.trained_at,
         label=manifest.label,
-        features=[column.name for column in manifest.features],
+        inputs=[column.name for column in INPUTS],
         service_version=mlops_course.__version__,
         service_git_sha=runtime.settings.git_sha,
         config=config_fingerprint(runtime.settings),
     )
 
-# %% ../chapters/03_serving.ipynb #910cf227
+# %% ../chapters/03_serving.ipynb #323fd4c4
 class Status(BaseModel):
     "A short answer for operators."
 
     status: Literal["alive", "ready"]
 
 
-@operations.get("/health")
+@operations.head("/health", include_in_schema=False)
+@operations.get("/health", operation_id="health", summary="Is it alive?", responses=documented(*_ANYWHERE))
 async def health() -> Status:
     """Alive? Independent of the model and of any input."""
     return Status(status="alive")
 
-# %% ../chapters/03_serving.ipynb #7278b77c
-@operations.get("/ready", responses=documented(NotReady))
+# %% ../chapters/03_serving.ipynb #e99d6330
+_FOLDERS = re.compile(r"(?<![^\s'\"(])/(?:[^/\n:;]+/)*(?=[^/\s])")  # the way to a file; its name stays
+
+
+@operations.head("/ready", include_in_schema=False)
+@operations.get("/ready", operation_id="ready", summary="Is it ready?", responses=documented(*_ANYWHERE, NotReady))
 async def ready(runtime: RuntimeDep) -> Status:
     """May traffic come? Only with a verified, warmed model, and not while stopping."""
     if runtime.draining:
         raise NotReady("The service is stopping.")
     if runtime.model is None:
-        raise NotReady(f"No model is served: {runtime.reason}")
+        raise NotReady(f"No model is served: {_FOLDERS.sub('', runtime.reason)}")
     return Status(status="ready")
 
 # %% ../chapters/03_serving.ipynb #416e8ecd
@@ -1297,13 +1381,15 @@ async def run_watched(
         runtime.observer.failed(call, error)
     finish(runtime, call, call.status)
 
-# %% ../chapters/03_serving.ipynb #1356e299
+# %% ../chapters/03_serving.ipynb #72babef3
 def translated(
     error: Exception,  # from FastAPI, Starlette or a route
 ) -> ServiceError:
     "The typed error that stands for any exception."
     if isinstance(error, ServiceError):
         return error
+    if isinstance(error, RequestValidationError):
+        return InvalidInput("Refused: the request has not the documented form.")
     if not isinstance(error, HTTPException):
         return ServiceError()
     known = {404: NotFound("See /openapi.json for what exists."), 405: WrongMethod("See the header Allow.")}
@@ -1328,18 +1414,19 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     pulse.cancel()
     runtime.pool.shutdown(wait=True)
 
-# %% ../chapters/03_serving.ipynb #77f633d7
+# %% ../chapters/03_serving.ipynb #ee79a2d1
 _ABOUT = """How likely is a flight from New York to be disrupted: 15 minutes late or more at arrival, cancelled, or
 diverted? Asked two hours before its scheduled departure.
 
 Errors are problem details (RFC 9457). Every answer carries X-Request-ID. A change that could break a client
-gets a new version in the path. The usage guide is docs/api.md."""
+gets a new version in the path. Any other path is answered with 404, another method with 405. The usage guide is
+docs/api.md."""
 _TAGS = [
     {"name": "v1", "description": "Predictions. Stable: nothing is removed, renamed or narrowed in v1."},
     {"name": "operations", "description": "For routers and operators."},
 ]
 
-# %% ../chapters/03_serving.ipynb #cc9bb136
+# %% ../chapters/03_serving.ipynb #fd00bd3f
 def complete(
     document: dict[str, Any],  # as FastAPI made it
     settings: Settings,  # for this deployment's limits
@@ -1352,9 +1439,12 @@ def complete(
     parts["schemas"]["BatchRequest"]["properties"]["flights"]["maxItems"] = settings.max_batch
     key = {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "required outside dev"}
     parts["securitySchemes"] = {"ApiKey": key}
+    for answer in (a for way in document["paths"].values() for op in way.values() for a in op["responses"].values()):
+        answer.setdefault("headers", {})["X-Request-ID"] = _ID
     return document
 
-# %% ../chapters/03_serving.ipynb #18532749
+# %% ../chapters/03_serving.ipynb #967da64e
+_PAGES: dict[str, Any] = {"redoc_url": None, "swagger_ui_oauth2_redirect_url": None}  # one page, /docs, is enough
 _HANDLED = (ServiceError, HTTPException, RequestValidationError, Exception)
 
 
@@ -1365,7 +1455,9 @@ def build_app(
     "The application. It loads its model when it is started, not when it is built."
     about: dict[str, Any] = {"title": "Flight disruption", "version": mlops_course.__version__, "description": _ABOUT}
     handlers: Any = dict.fromkeys(_HANDLED, _handle)
-    app = Service(**about, openapi_tags=_TAGS, lifespan=lifespan, redirect_slashes=False, exception_handlers=handlers)
+    app = Service(
+        **about, openapi_tags=_TAGS, lifespan=lifespan, redirect_slashes=False, exception_handlers=handlers, **_PAGES
+    )
     app.runtime = Runtime(settings, observer or NullObserver())
     app.include_router(v1)
     app.include_router(operations)

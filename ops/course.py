@@ -101,6 +101,21 @@ def check_tags(path: Path) -> None:
             raise ChapterError(f"{path.name} has no cell tagged {tag!r}. Add the tag in the cell's properties.")
 
 
+def check_exported() -> None:
+    """Refuse to run chapters whose code is not in the package yet.
+
+    Later chapters, and processes that a chapter starts, import the package: they would use the old code.
+    """
+    from ops.roundtrip import PACKAGE, differences
+
+    stale = [name for name in differences(ROOT) if name.startswith(PACKAGE) and name.endswith(".py")]
+    if modules := [name for name in stale if not name.endswith("_modidx.py")]:
+        raise ChapterError(
+            f"{', '.join(modules)} is not what the chapters export: a chapter was edited, or the module was. "
+            "Run `make export`, then this command again."
+        )
+
+
 def read_headline(notebook: NotebookNode, name: str) -> tuple[str, dict[str, str]]:
     """Return what an executed chapter built and its headline numbers.
 
@@ -143,12 +158,20 @@ def describe_failure(executed: Path, error: str) -> str:
 
 
 def write_html(notebook: NotebookNode, target: Path, chapters_dir: Path) -> None:
-    """Write the executed notebook as one HTML file that carries its pictures inside."""
-    from nbconvert import HTMLExporter
+    """Write the executed notebook as one HTML file that carries its pictures inside.
 
-    exporter = HTMLExporter(embed_images=True)
-    resources = {"metadata": {"name": target.stem, "path": str(chapters_dir)}}
-    page, _ = exporter.from_notebook_node(notebook, resources)
+    What only the tools need is left out: the export target, the injected parameters and the cell numbers.
+    """
+    from nbconvert import HTMLExporter
+    from nbformat.v4 import new_notebook
+
+    shown = [
+        cell for cell in notebook.cells if not tags(cell) & ADDED_TAGS and not cell.source.startswith("#| default_exp")
+    ]
+    heading = next((cell.source for cell in shown if cell.source.startswith("# ")), target.stem)
+    exporter = HTMLExporter(embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    resources = {"metadata": {"name": heading.splitlines()[0].lstrip("# "), "path": str(chapters_dir)}}
+    page, _ = exporter.from_notebook_node(new_notebook(cells=shown, metadata=notebook.metadata), resources)
     target.write_text(page, encoding="utf-8")
 
 
@@ -157,7 +180,8 @@ def progress_options(name: str) -> dict[str, Any]:
     common = {"desc": name, "unit": " cells", "bar_format": "{desc}: {percentage:3.0f}% {bar:20} {n}/{total} {elapsed}"}
     if sys.stderr.isatty():
         return common
-    return common | {"file": OneLinePerUpdate(sys.stderr), "ascii": True, "mininterval": 10}
+    plain = {"bar_format": "{desc}: {n}/{total} cells, {elapsed}", "mininterval": 10}
+    return common | plain | {"file": OneLinePerUpdate(sys.stderr)}
 
 
 def run_chapter(path: Path, out: Path, parameters: dict[str, str]) -> NotebookNode:
@@ -250,10 +274,14 @@ def course(selection: str | None, artifacts: Path, build: Path, chapters_dir: Pa
     paths = find_chapters(chapters_dir, selection)
     for path in paths:
         check_tags(path)
+    if chapters_dir == ROOT / "chapters":
+        check_exported()
     pages = build / "chapters"
     pages.mkdir(parents=True, exist_ok=True)
-    # A table left from an earlier run must not pass for the result of one that failed.
-    (build / "course.json").unlink(missing_ok=True)
+    # What an earlier run left must not pass for the result of one that failed.
+    for old in [build / "course.json", build / "course.txt", *(pages / path.name for path in paths)]:
+        old.unlink(missing_ok=True)
+        old.with_suffix(".html").unlink(missing_ok=True)
 
     results = []
     for path in paths:

@@ -30,7 +30,7 @@ ROWS = {
 
 def collect_quality(shelf: Path) -> dict[str, Any]:
     """Return the headline metrics, intervals and digest of every registered version on the shelf."""
-    from mlops_course.blueprint import parse_version, read_registry
+    from mlops_course.blueprint import approved_versions, parse_version, read_registry
 
     registry = read_registry(shelf)
     if not registry.versions:
@@ -40,7 +40,8 @@ def collect_quality(shelf: Path) -> dict[str, Any]:
         metrics = json.loads((shelf / version / "metrics.json").read_text())
         versions[version] = {
             "title": metrics["title"],
-            "digest": registry.versions[version],
+            # A candidate's manifest holds its commit, so its digest is new with each commit.
+            "digest": registry.versions[version] if version in approved_versions() else None,
             "metrics": metrics["test"]["metrics"],
             "intervals": metrics["intervals"],
             "threshold": metrics["threshold"],
@@ -76,7 +77,9 @@ def settings_table() -> str:
     from mlops_course.serving import Settings
 
     lines = ["| variable | default | meaning |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
+    # Own fields first: what must be chosen before what may stay as it is.
+    own = Settings.__annotations__
+    for name, field in sorted(Settings.model_fields.items(), key=lambda item: item[0] not in own):
         default = "" if field.is_required() or field.default is None else f"`{field.default}`"
         lines.append(f"| `{name.upper()}` | {default} | {field.description} |")
     return "\n".join(lines)

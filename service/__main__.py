@@ -10,11 +10,10 @@ from service.server import run
 def main() -> int:
     """Run until a signal stops the server. Returns the exit code."""
     try:
-        app = create_app()
+        run(create_app())
     except ConfigError as error:
         sys.stderr.write(f"The service did not start; its configuration is not usable:\n{error}\n")
         return 2
-    run(app)
     return 0
 
 

@@ -61,12 +61,17 @@ def event_logger(
 class JsonFormatter(logging.Formatter):
     """Formats the server's log records. Of an exception it gives type and place: the text may hold input."""
 
+    def __init__(self, line: JsonLine | None = None) -> None:
+        """Share the writer of lines with the observer, so that these lines name the release too."""
+        super().__init__()
+        self._line = line or JsonLine()
+
     def format(self, record: logging.LogRecord) -> str:
         """Return one line of JSON."""
-        line = {"time": stamp(), "level": record.levelname.lower(), "event": "server", "message": record.getMessage()}
+        event: dict[str, Any] = {"event": "server", "message": record.getMessage()}
         if record.exc_info and record.exc_info[1]:
-            line |= describe(record.exc_info[1])
-        return json.dumps(line)
+            event |= describe(record.exc_info[1])
+        return self._line(None, record.levelname.lower(), event).decode()
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -80,13 +85,14 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 def server_log_config(
     level: str,  # debug, info, warning or error
+    line: JsonLine,  # makes the lines
 ) -> dict[str, Any]:
     """Return the configuration of logging for uvicorn: JSON lines on stdout, no access log (requests are ours)."""
     handler = {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stdout"}
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"json": {"()": "service.logs.JsonFormatter"}},
+        "formatters": {"json": {"()": JsonFormatter, "line": line}},
         "handlers": {"stdout": handler},
         "root": {"handlers": ["stdout"], "level": level.upper()},
     }

@@ -18,9 +18,9 @@ class LogObserver:
 
     def __init__(self, settings: Settings, stream: BinaryIO | None = None) -> None:
         """Prepare the logger; nothing is written yet."""
-        self._line = JsonLine()
+        self.line = JsonLine()
         self._out = structlog.BytesLogger(stream or sys.stdout.buffer)
-        self._log = event_logger(self._line, self._out, settings.log_level)
+        self._log = event_logger(self.line, self._out, settings.log_level)
         self._quiet = LEVELS[settings.log_level] > LEVELS["info"]
         self._release: dict[str, str] = {
             "service": mlops_course.__version__,
@@ -29,12 +29,12 @@ class LogObserver:
             "model": "none",
             "digest": "none",
         }
-        self._line.add_to_all(self._release)
+        self.line.add_to_all(self._release)
 
     def loaded(self, model: Model) -> None:
         """Log that a model is served, and how long each step of loading took."""
         self._release |= {"model": model.manifest.version, "digest": model.digest}
-        self._line.add_to_all(self._release)
+        self.line.add_to_all(self._release)
         steps = {name: round(seconds * 1000, 1) for name, seconds in model.seconds.items()}
         self._log.info("model_loaded", ms=steps, threshold=model.threshold)
 
@@ -61,7 +61,7 @@ class LogObserver:
             line |= {"problem": call.problem, "fields": call.fields}
         elif call.stages:
             line |= {"rows": call.rows, "stages_us": [int(seconds * 1e6) for seconds in call.stages]}
-        self._out.msg(self._line(None, "info", line))
+        self._out.msg(self.line(None, "info", line))
 
     def failed(self, call: Call, error: Exception) -> None:
         """Log a mistake of the service: type and place of the exception, not its text."""

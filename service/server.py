@@ -1,6 +1,11 @@
-"""The server: uvicorn, with an order of stopping that loses no request, and limits that uvicorn does not have."""
+"""The server: uvicorn, with an order of stopping that loses no request, and limits that uvicorn does not have.
+
+Why uvicorn is extended, and which of its parts are touched, stands in docs/decisions/0007.
+"""
 
 import asyncio
+import errno
+import logging
 import signal
 import socket
 import time
@@ -8,49 +13,112 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from mlops_course.serving import NotHttp, Service, Settings, new_id, problem
-from service.logs import server_log_config
+from mlops_course.serving import (
+    Call,
+    ConfigError,
+    HeadersTooLarge,
+    NotHttp,
+    Runtime,
+    Service,
+    ServiceError,
+    Settings,
+    finish,
+)
+from mlops_course.serving import describe as refused
+from service.logs import JsonLine, server_log_config
 
-LINGER_S = 2.0  # how long the rest of a refused body is read and thrown away, so that the client sees the answer
+LINGER_S = 2.0  # how long the rest of a refused request is read and thrown away, so that the client sees the answer
 GRACE_S = 0.3  # at the end, how long a connection that has sent nothing yet may still speak
+HOP = frozenset((b"connection", b"upgrade", b"http2-settings"))  # headers of an offer to speak another protocol
+
+
+class HeadTooLarge(Exception):
+    """Ends the parsing of a request whose headers are complete and above the limit."""
+
+
+class Door:
+    """What a request sees of its connection: closing waits until the rest of the body was read."""
+
+    def __init__(self, transport: asyncio.Transport, close: Any) -> None:
+        """Everything but closing is the transport's."""
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
 
 
 class Protocol(HttpToolsProtocol):
-    """HTTP for one connection, with a time limit for headers and an error in our shape for what is not HTTP."""
+    """HTTP for one connection, with limits for headers and an error in our shape for what is not HTTP."""
 
-    header_timeout_s = 10.0  # set from the settings by `make_server`
+    runtime: Runtime  # set by `run`
     _timer: asyncio.TimerHandle | None = None
-    _lingering = False  # whether the rest of a refused body is being thrown away
+    _lingering = False  # whether the rest of a request that was answered is being thrown away
+    _last = False  # whether the connection is closed after that
+    _deaf = False  # whether nothing that comes is looked at any more
+    _held = 0  # bytes since the last progress: a request begun, its headers complete, a part of its body
+    _answering: RequestResponseCycle | None = None  # of several requests in the pipeline the one in work
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock: the first headers must come in time."""
         super().connection_made(transport)
-        self._timer = self.loop.call_later(self.header_timeout_s, self._close)
+        self._door: Any = Door(transport, self._close_gently)
+        self._start_timer(self.runtime.settings.header_timeout_s)
 
     def data_received(self, data: bytes) -> None:
-        """Run the clock while headers are incomplete; once they are, the application watches its own."""
-        super().data_received(data)
-        if getattr(self.cycle, "scope", None) is not self.scope:
-            if self._timer is None:
-                self._timer = self.loop.call_later(self.header_timeout_s, self._close)
-        elif self._timer is not None and not self._lingering:
+        """Parse, with a limit for what is no body; run the clock while headers are incomplete."""
+        if self._deaf:
+            return  # a client that floods is not even parsed
+        self._unset_keepalive_if_required()
+        self._held += len(data)
+        self._feed(data)
+        if self._held > self.runtime.settings.max_header_bytes and not self.transport.is_closing():
+            self._refuse(HeadersTooLarge(f"The headers may have at most {self._most} bytes."))
+        self._watch_headers()
+
+    def on_message_begin(self) -> None:
+        """Count anew for each request."""
+        super().on_message_begin()
+        self._held = 0
+
+    def on_headers_complete(self) -> None:
+        """Refuse headers above the limit, and read an offer to change the protocol as what it is: plain HTTP."""
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._most:
+            raise HeadTooLarge
+        if self.parser.should_upgrade():
+            return  # `_feed` reads it again
+        super().on_headers_complete()
+        self._unset_keepalive_if_required()
+        self.cycle.transport = self._door
+        self._held = 0
+
+    def on_body(self, body: bytes) -> None:
+        """Count anew after each part of a body, so that only trailers and chunk headers are limited."""
+        super().on_body(body)
+        self._held = 0
+
+    def on_message_complete(self) -> None:
+        """The whole body is here. If it was answered before, the connection is free again, or closed."""
+        if self.parser.should_upgrade():
+            return
+        super().on_message_complete()
+        self._held = 0
+        if self._lingering:
             self._stop_timer()
+            self._lingering = False
+            if self._last:
+                self.transport.close()
+            else:
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
 
     def on_response_complete(self) -> None:
         """After an early answer read the rest of the body, so that the client sees the answer, but not for ever."""
+        answered = self._answering
         super().on_response_complete()
-        if self.cycle.more_body and not self.transport.is_closing():
-            self._lingering = True
-            self._timer = self.loop.call_later(LINGER_S, self._close)
-
-    def on_message_complete(self) -> None:
-        """The whole body is here; after an early answer that ends the connection."""
-        super().on_message_complete()
-        if self._lingering:
-            self._close()
+        if answered is not None and answered.more_body and not self.transport.is_closing():
+            self._linger()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the clock."""
@@ -59,24 +127,104 @@ class Protocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close, but let a connection that was just opened still say what it wants."""
-        if getattr(self.cycle, "scope", None) is None:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None:
             self.loop.call_later(GRACE_S, super().shutdown)
         else:
             super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP in the shape of all errors."""
-        request_id = new_id()
-        answer = problem(NotHttp(msg), request_id)
+        self._refuse(NotHttp(msg))
+
+    @property
+    def _most(self) -> int:
+        return self.runtime.settings.max_header_bytes
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._feed_again(data[offer.args[0] :])
+        except httptools.HttpParserCallbackError as error:
+            if isinstance(error.__context__, HeadTooLarge):
+                self._refuse(HeadersTooLarge(f"The headers may have at most {self._most} bytes."))
+            else:
+                self.send_400_response("The request cannot be read.")
+        except httptools.HttpParserError:
+            self.send_400_response("The bytes are not a request of HTTP/1.1.")
+
+    def _feed_again(self, rest: bytes) -> None:
+        """Read a request once more, without its offer to change the protocol: the parser skipped its body."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("This is no proxy.")
+            return
+        close = any(name == b"connection" and b"close" in value.lower() for name, value in self.headers)
+        kept = [(name, value) for name, value in self.headers if name not in HOP]
+        kept += [(b"connection", b"close")] if close else []
+        head = [method + b" " + self.url + b" HTTP/1.1", *(name + b": " + value for name, value in kept), b"", b""]
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(b"\r\n".join(head) + rest)
+
+    def _watch_headers(self) -> None:
+        if self._deaf or self._lingering or self.transport.is_closing():
+            return
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.scope is not self.scope or cycle.response_complete:
+            if self._timer is None and self.timeout_keep_alive_task is None:
+                self._start_timer(self.runtime.settings.header_timeout_s)
+        else:
+            self._stop_timer()
+
+    def _close_gently(self) -> None:
+        """Close after an answer; if the request is not complete, after the client had time to read the answer."""
+        if self._answering is not None and self._answering.more_body and not self.transport.is_closing():
+            self._last = True
+            self.transport.write_eof()
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        self._lingering = True
+        self._start_timer(LINGER_S)
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer what never became a request, log it, and hear nothing more on this connection."""
+        if self._deaf:
+            return
+        self._deaf = True
+        call = Call("OTHER", "unmatched", time.perf_counter())
+        answer = refused(call, error)
+        finish(self.runtime, call, answer.status)
+        phrase = {400: b"400 Bad Request", 431: b"431 Request Header Fields Too Large"}[answer.status]
         head = [
-            b"HTTP/1.1 400 Bad Request",
+            b"HTTP/1.1 " + phrase,
             b"content-type: application/problem+json",
             b"content-length: %d" % len(answer.body),
-            b"x-request-id: " + request_id.encode(),
+            b"x-request-id: " + call.request_id.encode(),
             b"connection: close",
         ]
-        self.transport.write(b"\r\n".join([*head, b"", answer.body]))
-        self.transport.close()
+        work = self._answering
+        if work is not None and work is self.cycle and not work.response_started:  # its body is broken: give it up
+            work.disconnected = True
+            work.message_event.set()
+            work = None
+        if work is None or work.response_complete:
+            self.transport.write(b"\r\n".join([*head, b"", answer.body]))
+            self.transport.write_eof()
+            self._linger()
+        else:  # an earlier request is still in work, and this answer would be taken for its
+            self.transport.close()
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._close)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -146,21 +294,37 @@ def waiting_at(door: socket.socket) -> list[socket.socket]:
             return found
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket bound to the address. Raises `ConfigError` that names the variable to change."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        door = socket.socket(family, kind)
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind(address)
+    except OSError as error:
+        known = {errno.EADDRINUSE: "PORT: is in use by another program", errno.EACCES: "PORT: is not allowed here"}
+        text = known.get(error.errno or 0, "HOST: is not an address of this machine")
+        raise ConfigError(f"{text} (HOST and PORT are the address to listen on)") from error
+    return door
+
+
 def run(app: Service) -> None:
     """Serve an application, configured by its settings, until a signal ends it."""
     settings: Settings = app.runtime.settings
-    limits: dict[str, Any] = {"header_timeout_s": settings.header_timeout_s}
+    line: JsonLine = getattr(app.runtime.observer, "line", None) or JsonLine()
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=type("Protocol", (Protocol,), limits),
+        http=type("Protocol", (Protocol,), {"runtime": app.runtime}),
         ws="none",
         lifespan="on",
-        log_config=server_log_config(settings.log_level),
+        log_config=server_log_config(settings.log_level, line),
         access_log=False,
         server_header=False,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.stop_s,
     )
-    Server(config, app).run(sockets=[config.bind_socket()])
+    door = listen(settings.host, settings.port)
+    logging.getLogger("uvicorn.error").info("Listening on port %d.", settings.port)
+    Server(config, app).run(sockets=[door])

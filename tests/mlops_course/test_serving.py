@@ -59,7 +59,7 @@ from mlops_course.serving import (
 
 KEY = "k7Qz9-mR2vXw8-Lp4tNb6"
 DIGEST = "sha256:" + "a" * 64
-PROD = {"APP_ENV": "prod", "MODEL_URI": "/models/1.0.0", "MODEL_DIGEST": DIGEST, "API_KEY": KEY}
+PROD = {"APP_ENV": "prod", "MODEL_URI": "/models/1.0.0", "MODEL_DIGEST": DIGEST, "API_KEY": KEY, "GIT_SHA": "abc"}
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_dev_needs_nothing(env: Callable[..., Settings]) -> None:
 
 
 @pytest.mark.parametrize("app_env", ["staging", "prod"])
-@pytest.mark.parametrize("name", ["MODEL_URI", "MODEL_DIGEST", "API_KEY"])
+@pytest.mark.parametrize("name", ["MODEL_URI", "MODEL_DIGEST", "API_KEY", "GIT_SHA"])
 @pytest.mark.parametrize("value", [None, ""])
 def test_outside_dev_nothing_is_guessed(
     env: Callable[..., Settings], app_env: str, name: str, value: str | None
@@ -95,7 +95,7 @@ def test_outside_dev_nothing_is_guessed(
     del variables[name]
     with pytest.raises(ConfigError) as refused:
         env(**variables, **({} if value is None else {name: value}))
-    assert re.fullmatch(rf"{name}: is missing, and is required .*; set it to: .+", str(refused.value))
+    assert re.fullmatch(rf"{name}: is missing, and is required .* \({name} is the .+\)", str(refused.value))
 
 
 BAD_KEYS = [
@@ -122,6 +122,49 @@ def test_a_weak_or_placeholder_key_is_refused_everywhere(env: Callable[..., Sett
     assert key not in str(refused.value)
     assert refused.value.__cause__ is None
     assert refused.value.__context__ is None
+
+
+@pytest.mark.parametrize("key", ["9f1234ab7c0d5e6f", "aGtest9-mR2vXw8Lp4", "x1234-y56789abcdef"])
+def test_a_random_key_may_hold_a_digit_run_or_a_word_inside(env: Callable[..., Settings], key: str) -> None:
+    assert env(API_KEY=key).api_key is not None
+
+
+@pytest.mark.parametrize("key", ["k7Qz9 mR2vXw8-Lp4tNb6", "k7Qz9-mR2vXw8-Lp4tNbé", "k7Qz9-mR2v\tXw8-Lp4tNb6"])
+def test_a_key_that_no_header_can_carry_is_refused(env: Callable[..., Settings], key: str) -> None:
+    with pytest.raises(ConfigError, match="API_KEY: is not made of printable ASCII"):
+        env(API_KEY=key)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "flights.example", "127.example.com"])  # noqa: S104
+def test_an_open_door_needs_a_key_in_dev_too(env: Callable[..., Settings], host: str) -> None:
+    with pytest.raises(ConfigError, match="API_KEY: is missing, and is required when HOST is not a loopback address"):
+        env(HOST=host)
+    assert env(HOST=host, API_KEY=KEY).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1", "localhost"])
+def test_a_loopback_address_needs_no_key(env: Callable[..., Settings], host: str) -> None:
+    assert env(HOST=host).api_key is None
+
+
+def test_an_empty_environment_is_not_dev(env: Callable[..., Settings]) -> None:
+    with pytest.raises(ConfigError, match="APP_ENV: is empty"):
+        env(APP_ENV="")
+
+
+def test_an_error_says_what_the_setting_is(env: Callable[..., Settings]) -> None:
+    with pytest.raises(ConfigError, match=r"\(PORT is the port to listen on\)"):
+        env(PORT="x")
+
+
+@pytest.mark.parametrize("kind", ["folder", "bytes", "empty"])
+def test_a_secret_file_that_is_no_text_is_told(env: Callable[..., Settings], tmp_path: Path, kind: str) -> None:
+    if kind == "folder":
+        (tmp_path / "API_KEY").mkdir()
+    else:
+        (tmp_path / "API_KEY").write_bytes(b"\xff\xfe" * 20 if kind == "bytes" else b"")
+    with pytest.raises(ConfigError, match=r"^API_KEY: .*API_KEY (is empty or not a file|cannot be read as text)"):
+        env(tmp_path)
 
 
 def test_a_secret_is_in_no_text(env: Callable[..., Settings]) -> None:
@@ -163,8 +206,10 @@ def test_settings_do_not_change(env: Callable[..., Settings]) -> None:
 
 def test_the_fingerprint_is_about_behaviour_only(env: Callable[..., Settings]) -> None:
     base = config_fingerprint(env())
-    same = [{"PORT": "9"}, {"HOST": "0.0.0.0"}, {"LOG_LEVEL": "DEBUG"}, {"GIT_SHA": "abc"}, {"API_KEY": KEY}]  # noqa: S104
+    door = {"HOST": "0.0.0.0", "API_KEY": KEY}  # noqa: S104
+    same = [{"PORT": "9"}, door, {"LOG_LEVEL": "DEBUG"}, {"GIT_SHA": "abc"}, PROD, {"DRAIN_S": "1"}, {"KEEP_ALIVE_S": "9"}]
     assert {config_fingerprint(env(**variables)) for variables in same} == {base}
+    assert config_fingerprint(env(MAX_BATCH="9")) != base
     assert config_fingerprint(env(THRESHOLD="0.3")) != base
 
 
@@ -352,8 +397,15 @@ def test_a_tampered_artifact_is_refused(
         load_model(copied, release[1])
 
 
+def test_a_manifest_that_is_a_pipe_is_refused_without_waiting(copied: Path) -> None:
+    (copied / MANIFEST).unlink()
+    os.mkfifo(copied / MANIFEST)
+    with pytest.raises(ArtifactError, match="not a plain file"):
+        load_model(copied, DIGEST)
+
+
 def test_a_wrong_digest_is_refused(release: tuple[Path, str]) -> None:
-    with pytest.raises(ArtifactError, match=f"expected {DIGEST}"):
+    with pytest.raises(ArtifactError, match=f"expected {DIGEST}.*or MODEL_DIGEST is wrong"):
         load_model(release[0], DIGEST)
 
 
@@ -376,9 +428,13 @@ FOREIGN: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "an impossible threshold": (lambda _: {"threshold": 1.5}, "threshold is not between"),
     "an unknown field in the manifest": (lambda _: {"surprise": 1}, "is not a manifest of this course"),
     "no golden cases": (lambda f: ((f / "golden.json").write_text('{"cases": []}'), {})[1], "there is no case in it"),
-    "golden cases that are no JSON": (lambda f: ((f / "golden.json").write_text("{"), {})[1], "cannot be read"),
+    "golden cases that are no JSON": (lambda f: ((f / "golden.json").write_text("{"), {})[1], "golden.json: cannot be read"),
+    "bins that are no JSON": (
+        lambda f: ((f / "reference.json").write_text("{"), {})[1],
+        "reference.json: cannot be read",
+    ),
     "no golden file": (_unlink, "golden.json is missing"),
-    "a graph that is no graph": (lambda f: ((f / "model.onnx").write_bytes(b"x" * 99), {})[1], "cannot be read"),
+    "a graph that is no graph": (lambda f: ((f / "model.onnx").write_bytes(b"x" * 99), {})[1], "model.onnx: cannot be read"),
 }
 
 

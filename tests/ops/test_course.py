@@ -9,7 +9,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from ops.course import course
 
 HEADLINE = {"built": "a model of one line", "numbers": {"ROC AUC": "0.70 (0.69 to 0.71)", "rows": "3"}}
 GOOD_CELLS = [
@@ -60,7 +63,7 @@ def test_ends_with_a_table_of_what_was_built(good_run):
 def test_shows_progress_a_log_can_hold_and_nothing_else(good_run):
     _, done = good_run
     lines = done.stderr.splitlines()
-    assert [line for line in lines if "100%" in line and "01_first" in line]
+    assert [line for line in lines if line.startswith("01_first: 6/6 cells")]
     assert [line for line in lines if not line.startswith(("01_first: ", "02_second: "))] == []
 
 
@@ -166,3 +169,20 @@ def test_a_broken_cell_planted_in_a_real_chapter_stops_the_course(chapter: Path,
     assert f"{chapter.stem}: cell {first + 1} of" in done.stderr
     assert "1 / 0  # planted" in done.stderr
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_chapter_that_was_edited_but_not_exported_is_refused_before_it_runs(monkeypatch, tmp_path):
+    """Later chapters import the package, so they would run the code from before the edit."""
+    monkeypatch.setattr("ops.roundtrip.differences", lambda _: {"mlops_course/training.py": "not what is exported"})
+    done = CliRunner().invoke(course, ["--build", str(tmp_path), "--artifacts", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "mlops_course/training.py is not what the chapters export" in done.output
+    assert "Run `make export`" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_has_a_title_and_leaves_out_what_only_tools_need(good_run):
+    folder, _ = good_run
+    page = (folder / "build" / "chapters" / "01_first.html").read_text()
+    assert "<title>Tiny</title>" in page
+    assert str(folder / "artifacts") not in page

@@ -118,7 +118,13 @@ def launch(release: tuple[Path, str], folder: Path, **variables: str) -> Running
     """Start a real service on a free port, and wait until it is alive."""
     port = unused_port()
     log = folder / f"service-{port}.log"
-    own = {"MODEL_URI": str(release[0]), "MODEL_DIGEST": release[1], "DRAIN_S": "0", "PORT": str(port)}
+    own = {
+        "GIT_SHA": "test",
+        "MODEL_URI": str(release[0]),
+        "MODEL_DIGEST": release[1],
+        "DRAIN_S": "0",
+        "PORT": str(port),
+    }
     calm = {"MAX_LAG_MS": "10000"}  # a busy test machine is no overload
     with log.open("wb") as output:
         process = subprocess.Popen(

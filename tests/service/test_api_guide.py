@@ -6,12 +6,16 @@ differ a little, because training on another processor rounds differently.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +27,7 @@ from mlops_course.serving import ERRORS, Prediction, PredictRequest, Service, Se
 from .conftest import Running, environment
 
 TOLERANCE = 0.005  # of a decimal number in an output
+IDENTITY = {"digest", "git_sha", "trained_at", "service_version", "service_git_sha", "config"}  # other in each release
 BLOCK = re.compile(r"^```(bash|python|json|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -57,7 +62,9 @@ def assert_same(printed: Any, stated: Any) -> None:
     if isinstance(stated, dict):
         assert list(printed) == list(stated)
         for key, value in stated.items():
-            assert_same(printed[key], value)
+            if key not in IDENTITY:
+                assert_same(printed[key], value)
+            assert type(printed[key]) is type(value)
     elif isinstance(stated, list):
         assert len(printed) == len(stated)
         for one, two in zip(printed, stated, strict=True):
@@ -128,3 +135,38 @@ def test_the_guide_names_every_setting_with_its_default(guide: str) -> None:
     for name, field in Settings.model_fields.items():
         default = "" if field.default is None else f"`{field.default}`"
         assert re.search(rf"^\| `{name.upper()}` \| {re.escape(default)} ?\|", guide, re.MULTILINE), name
+
+
+def test_the_guide_says_what_is_required_outside_dev(guide: str) -> None:
+    rows = {r.split("|")[1].strip(" `"): r.split("|")[3].strip() for r in guide.splitlines() if r.startswith("| `")}
+    required = {"GIT_SHA", "MODEL_URI", "MODEL_DIGEST", "API_KEY"}
+    assert {name.upper() for name in Settings.model_fields if rows[name.upper()] == "yes"} == required
+
+
+@pytest.fixture(scope="session")
+def python_client(guide: str) -> dict[str, Any]:
+    """Return the names that the guide's Python client defines."""
+    code = next(s.code for s in snippets(guide) if s.language == "python")
+    names: dict[str, Any] = {}
+    exec(code.partition("with open(")[0], names)  # noqa: S102 - our own guide
+    return names
+
+
+@pytest.mark.parametrize("kind", ["a page of a router", "no connection"])
+def test_the_guides_client_tries_again_with_the_same_id(
+    python_client: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    ids: list[str] = []
+
+    def broken(request: Any, timeout: float) -> Any:
+        ids.append(request.get_header("X-request-id"))
+        if kind == "no connection":
+            raise urllib.error.URLError("refused")
+        raise urllib.error.HTTPError(request.full_url, 503, "busy", Message(), io.BytesIO(b"<html>upstream</html>"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", broken)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(ConnectionError):
+        python_client["predict"]({})
+    assert len(ids) == 4
+    assert len(set(ids)) == 1

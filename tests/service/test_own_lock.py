@@ -41,6 +41,7 @@ def shipped(root: Path, release: tuple[Path, str], tmp_path: Path) -> Path:
 def test_the_service_answers_from_its_own_lock_alone(bare_python: Path, shipped: Path, release, example, free_port):
     lean = environment(
         APP_ENV="prod",
+        GIT_SHA="test",
         MODEL_URI=str(shipped / "model"),
         MODEL_DIGEST=release[1],
         API_KEY="k7Qz9-mR2vXw8-Lp4tNb6",

@@ -59,8 +59,8 @@ def test_it_listens_where_it_is_told_and_logs_json_only(serve: Callable[..., Run
         ({"PORT": "eighty"}, ["PORT"]),
         ({"PORT": "0"}, ["PORT"]),
         ({"APP_ENV": "production"}, ["APP_ENV"]),
-        ({"APP_ENV": "prod"}, ["MODEL_URI", "MODEL_DIGEST", "API_KEY"]),
-        ({"APP_ENV": "staging", "API_KEY": "changeme-changeme"}, ["MODEL_URI", "MODEL_DIGEST", "API_KEY"]),
+        ({"APP_ENV": "prod"}, ["GIT_SHA", "MODEL_URI", "MODEL_DIGEST", "API_KEY"]),
+        ({"APP_ENV": "staging", "API_KEY": "changeme-changeme"}, ["GIT_SHA", "MODEL_URI", "MODEL_DIGEST", "API_KEY"]),
         ({"API_KEY": "tiny7"}, ["API_KEY"]),
         ({"THRESHOLD": "1.5", "LOG_LEVEL": "loud"}, ["LOG_LEVEL", "THRESHOLD"]),
         ({"MODEL_DIGEST": "latest"}, ["MODEL_DIGEST"]),
@@ -75,7 +75,7 @@ def test_a_wrong_configuration_is_told_in_one_line_for_each_variable(
     lines = printed.err.strip().splitlines()[1:]
     assert printed.out == ""
     assert sorted(line.split(":")[0] for line in lines) == sorted(named)
-    assert all("; set it to: " in line for line in lines)
+    assert all(f"({line.split(':')[0]} is the " in line for line in lines)
     told = [value for value in variables.values() if value not in ("prod", "staging") and value in printed.err]
     assert told == []
 
@@ -94,11 +94,25 @@ def test_a_wrong_configuration_ends_the_process_with_code_2() -> None:
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("wrong", ["PORT", "HOST"])
+def test_an_address_that_cannot_be_used_is_told_by_its_variable(wrong: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        variables = {"PORT": port} if wrong == "PORT" else {"HOST": "203.0.113.7", "API_KEY": KEY, "PORT": port}
+        command = [sys.executable, "-m", "service"]
+        done = subprocess.run(command, env=environment(**variables), capture_output=True, check=False, timeout=30)
+    assert done.returncode == 2
+    assert f"{wrong}: ".encode() in done.stderr
+    assert b"Traceback" not in done.stderr + done.stdout
+
+
 def test_a_missing_model_leaves_it_alive_and_not_ready(serve: Callable[..., Running], tmp_path: Path) -> None:
     running = serve(MODEL_URI=str(tmp_path / "nothing"))
     answer = httpx.get(running.url + "/ready")
     assert answer.status_code == 503
     assert "cannot read" in answer.json()["detail"]
+    assert "manifest.json" in answer.json()["detail"]
+    assert str(tmp_path) not in answer.text
     assert running.stop() == 0
 
 
