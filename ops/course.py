@@ -184,6 +184,29 @@ def progress_options(name: str) -> dict[str, Any]:
     return common | plain | {"file": OneLinePerUpdate(sys.stderr)}
 
 
+def register_engine() -> str:
+    """Teach papermill to write a notebook once, at the end, and return the engine's name.
+
+    By itself papermill writes the whole notebook before and after every cell, which takes longer than most cells.
+    """
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class WriteOnceEngine(NBClientEngine):  # type: ignore[misc]  # papermill has no types
+        """Papermill's own engine, without its writing in between."""
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
+            """Run the cells. What papermill does next, also after an error, writes the notebook."""
+            target, nb_man.output_path = nb_man.output_path, None
+            try:
+                super().execute_managed_notebook(nb_man, kernel_name, **options)
+            finally:
+                nb_man.output_path = target
+
+    papermill_engines.register("write-once", WriteOnceEngine)
+    return "write-once"
+
+
 def run_chapter(path: Path, out: Path, parameters: dict[str, str]) -> NotebookNode:
     """Execute one chapter in its own folder and return it.
 
@@ -200,6 +223,7 @@ def run_chapter(path: Path, out: Path, parameters: dict[str, str]) -> NotebookNo
             path,
             out,
             parameters=parameters,
+            engine_name=register_engine(),
             # Both are given because nbdev-clean removes the notebook's own record of its language.
             kernel_name="python3",
             language="python",
