@@ -6,5 +6,15 @@ cheap: each command imports the libraries it needs inside its own functions.
 
 from pathlib import Path
 
+import click
+
 # The project is installed in editable mode, so this file sits in the working tree.
 ROOT = Path(__file__).resolve().parent.parent
+
+# Every command that reads or writes models takes this option.
+artifacts_option = click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=ROOT / "artifacts",
+    help="Where models are kept. Default: artifacts/ in the project.",
+)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ops import ROOT
+from ops import ROOT, artifacts_option
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -281,7 +281,7 @@ def write_summary(results: list[Result], target: Path) -> None:
 
 @click.command(short_help="Run the chapters and print what each built.")
 @click.option("--chapters", "selection", metavar="N[,N...]", help="Only these chapter numbers, such as 1,3.")
-@click.option("--artifacts", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "artifacts")
+@artifacts_option
 @click.option("--build", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "build")
 @click.option(
     "--chapters-dir", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "chapters", hidden=True

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ops import ROOT
+from ops import ROOT, artifacts_option
 
 QUALITY = ROOT / "docs" / "reports" / "quality.json"
 
@@ -107,7 +107,7 @@ def render(document: str) -> str:
 
 
 @click.command(short_help="Copy reports into docs/ and renew the generated parts of the documents.")
-@click.option("--artifacts", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "artifacts")
+@artifacts_option
 def publish(artifacts: Path) -> None:
     """Write docs/reports from the artifacts, and what README and docs say from docs/reports and the code."""
     from mlops_course.blueprint import MODEL_NAME, canonical_json

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ops import ROOT
+from ops import ROOT, artifacts_option
 
 if TYPE_CHECKING:
     from mlops_course.training import GateResult, Trained
@@ -52,7 +52,7 @@ def print_quality(trained: dict[str, Trained]) -> None:
 
 
 @click.command(short_help="Train, pass the gates and package the releases.")
-@click.option("--artifacts", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "artifacts")
+@artifacts_option
 @click.option("--version", "versions", multiple=True, help="Only this version; may be repeated. Default: all.")
 def train(artifacts: Path, versions: tuple[str, ...]) -> None:
     """Reproduce training: load, split, search, judge, package and register every version.
@@ -99,7 +99,7 @@ def point_prod(shelf: Path) -> None:
 @click.argument("version")
 @click.option("--by", "name", required=True, help="Who approves.")
 @click.option("--note", required=True, help="Why, in one sentence.")
-@click.option("--artifacts", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "artifacts")
+@artifacts_option
 def approve(version: str, name: str, note: str, artifacts: Path) -> None:
     """Copy the record of a verified version to ops/releases, with the approval. Commit the result.
 
@@ -148,7 +148,7 @@ def approve(version: str, name: str, note: str, artifacts: Path) -> None:
 
 @click.command(short_help="Delete a version that nobody uses.")
 @click.argument("version")
-@click.option("--artifacts", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "artifacts")
+@artifacts_option
 def discard(version: str, artifacts: Path) -> None:
     """Delete a trained version, so that its number can be used again. Approved versions and those in a channel stay."""
     from mlops_course.blueprint import MODEL_NAME, VersionError, discard_version
@@ -163,7 +163,7 @@ def discard(version: str, artifacts: Path) -> None:
 @click.command(short_help="Let a channel, such as prod, point to a registered version.")
 @click.argument("channel")
 @click.argument("version")
-@click.option("--artifacts", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "artifacts")
+@artifacts_option
 def point(channel: str, version: str, artifacts: Path) -> None:
     """Verify the version and move the channel to it. A service reads the channel when it starts.
 
