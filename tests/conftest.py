@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import socket
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,18 @@ def artifacts_root() -> Path:
         if (folder / MODEL_NAME / "registry.json").exists():
             return folder
     pytest.fail("no artifacts to test: run make course first")
+
+
+@pytest.fixture(scope="session")
+def unused_port() -> Callable[[], int]:
+    """Return a function that finds a port that nothing listens on."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find
 
 
 @pytest.fixture(scope="session")

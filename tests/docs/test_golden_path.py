@@ -3,8 +3,8 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,12 +77,6 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_make_course_prints_what_the_runbook_says(page: list[tuple[str, str]], root: Path, course_build: Path) -> None:
     """`make test` has run the command of `make course` already, so its recorded output is compared."""
     command, expected = page[0]
@@ -95,8 +89,10 @@ def test_make_course_prints_what_the_runbook_says(page: list[tuple[str, str]], r
     assert matches(expected, printed), printed
 
 
-def test_every_other_command_prints_what_the_runbook_says(page: list[tuple[str, str]], copy_of_project: Path) -> None:
-    port, rest = free_port(), page[1:]
+def test_every_other_command_prints_what_the_runbook_says(
+    page: list[tuple[str, str]], copy_of_project: Path, unused_port: Callable[[], int]
+) -> None:
+    port, rest = unused_port(), page[1:]
     commands = [command.replace(":8000", f":{port}") for command, _ in rest]
     # One shell for all, with job control, because the page starts the service in one step and stops it in another.
     lines = ["set -m", *(f"{command}\nprintf '{MARK}'" for command in commands), "wait"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -101,22 +100,8 @@ def wait_until_alive(running: Running, seconds: float = 30) -> None:
     raise AssertionError(f"not alive after {seconds} s: {running.log.read_text()}")
 
 
-def unused_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port for one server of one test."""
-    return unused_port()
-
-
-def launch(release: tuple[Path, str], folder: Path, **variables: str) -> Running:
+def launch(release: tuple[Path, str], folder: Path, port: int, **variables: str) -> Running:
     """Start a real service on a free port, and wait until it is alive."""
-    port = unused_port()
     log = folder / f"service-{port}.log"
     own = {
         "GIT_SHA": "test",
@@ -140,12 +125,14 @@ def launch(release: tuple[Path, str], folder: Path, **variables: str) -> Running
 
 
 @pytest.fixture
-def serve(release: tuple[Path, str], tmp_path: Path) -> Generator[Callable[..., Running]]:
+def serve(
+    release: tuple[Path, str], tmp_path: Path, unused_port: Callable[[], int]
+) -> Generator[Callable[..., Running]]:
     """Start real services: `serve(DRAIN_S='0')`. They are stopped when the test ends."""
     started: list[Running] = []
 
     def start(**variables: str) -> Running:
-        started.append(launch(release, tmp_path, **variables))
+        started.append(launch(release, tmp_path, unused_port(), **variables))
         return started[-1]
 
     yield start
@@ -155,9 +142,11 @@ def serve(release: tuple[Path, str], tmp_path: Path) -> Generator[Callable[..., 
 
 
 @pytest.fixture(scope="module")
-def shared(release: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Generator[Running]:
+def shared(
+    release: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory, unused_port: Callable[[], int]
+) -> Generator[Running]:
     """One real service for the tests that leave it as it was."""
-    running = launch(release, tmp_path_factory.mktemp("service"))
+    running = launch(release, tmp_path_factory.mktemp("service"), unused_port())
     yield running
     running.process.kill()
     running.process.wait(10)

@@ -38,14 +38,15 @@ def shipped(root: Path, release: tuple[Path, str], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_service_answers_from_its_own_lock_alone(bare_python: Path, shipped: Path, release, example, free_port):
+def test_the_service_answers_from_its_own_lock_alone(bare_python: Path, shipped: Path, release, example, unused_port):
+    port = unused_port()
     lean = environment(
         APP_ENV="prod",
         GIT_SHA="test",
         MODEL_URI=str(shipped / "model"),
         MODEL_DIGEST=release[1],
         API_KEY="k7Qz9-mR2vXw8-Lp4tNb6",
-        PORT=str(free_port),
+        PORT=str(port),
         DRAIN_S="0",
         MAX_LAG_MS="10000",
     )
@@ -55,7 +56,7 @@ def test_the_service_answers_from_its_own_lock_alone(bare_python: Path, shipped:
         process = subprocess.Popen(
             [str(bare_python), "-m", "service"], cwd=shipped, env=lean, stdout=output, stderr=output
         )
-    running = Running(process, free_port, log)
+    running = Running(process, port, log)
     try:
         wait_until_alive(running)
         key = {"X-API-Key": lean["API_KEY"]}
