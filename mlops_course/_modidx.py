@@ -234,6 +234,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlops_course.serving.score_one': ('serving.html#score_one', 'mlops_course/serving.py'),
                                       'mlops_course.serving.served_model': ('serving.html#served_model', 'mlops_course/serving.py'),
                                       'mlops_course.serving.translated': ('serving.html#translated', 'mlops_course/serving.py'),
+                                      'mlops_course.serving.turned_away': ('serving.html#turned_away', 'mlops_course/serving.py'),
                                       'mlops_course.serving.warm_up': ('serving.html#warm_up', 'mlops_course/serving.py'),
                                       'mlops_course.serving.watch_lag': ('serving.html#watch_lag', 'mlops_course/serving.py')},
             'mlops_course.training': { 'mlops_course.training.GateRefusal': ('training.html#gaterefusal', 'mlops_course/training.py'),

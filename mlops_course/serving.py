@@ -3,18 +3,18 @@
 # %% auto #0
 __all__ = ['EXAMPLE', 'BATCH_LIMIT', 'SECRETS', 'LogLevel', 'MIN_KEY', 'LOCAL_TIME', 'LocalTime', 'DECIMALS', 'ERRORS',
            'PROBLEM_TYPE', 'MAX_ERRORS', 'Row', 'CONTRACT_MAJOR', 'GOLDEN_TOLERANCE', 'WARM_UP', 'Schema', 'Head',
-           'Handler', 'PULSE', 'GONE', 'DIRECT', 'v1', 'operations', 'RuntimeDep', 'Limits', 'Settings',
+           'Handler', 'GONE', 'DIRECT', 'v1', 'operations', 'RuntimeDep', 'PULSE', 'ALWAYS', 'Limits', 'Settings',
            'check_setting', 'check_secret', 'ConfigError', 'load_settings', 'config_fingerprint', 'model_source',
            'Schedule', 'PredictRequest', 'BatchRequest', 'Prediction', 'BatchPrediction', 'FieldError', 'Problem',
            'Score', 'decide', 'ServiceError', 'InvalidInput', 'TooLarge', 'WrongMediaType', 'SlowBody', 'NotHttp',
            'HeadersTooLarge', 'Unauthorised', 'NotFound', 'WrongMethod', 'NotReady', 'Overloaded', 'Answer', 'problem',
            'field_errors', 'invalid', 'accept_id', 'new_id', 'features', 'run_graph', 'Model', 'check_compatible',
            'replay', 'load_model', 'warm_up', 'Call', 'Observer', 'NullObserver', 'Runtime', 'reload', 'render',
-           'parse', 'score_one', 'score_batch', 'read_head', 'check_key', 'watch_lag', 'check_body', 'admit',
-           'ClientGone', 'collect', 'read_body', 'answer_one', 'answer_batch', 'respond', 'describe', 'closing',
-           'finish', 'deliver', 'runtime_of', 'as_response', 'documented', 'predict', 'predict_batch', 'ModelInfo',
-           'served_model', 'Status', 'health', 'ready', 'metrics', 'open_call', 'bounded', 'Service', 'run_watched',
-           'translated', 'lifespan', 'complete', 'build_app']
+           'parse', 'score_one', 'score_batch', 'read_head', 'check_key', 'check_body', 'admit', 'ClientGone',
+           'collect', 'read_body', 'answer_one', 'answer_batch', 'respond', 'describe', 'closing', 'finish', 'deliver',
+           'runtime_of', 'as_response', 'documented', 'predict', 'predict_batch', 'ModelInfo', 'served_model', 'Status',
+           'health', 'ready', 'metrics', 'open_call', 'bounded', 'Service', 'run_watched', 'translated', 'watch_lag',
+           'lifespan', 'complete', 'build_app', 'turned_away']
 
 # %% ../chapters/03_serving.ipynb #80a443d7
 import asyncio
@@ -86,7 +86,7 @@ EXAMPLE: dict[str, Any] = {
 BATCH_LIMIT = 1_000  # most flights in one batch request; part of the published contract
 SECRETS = Path("/run/secrets")  # files here are read like environment variables of the same name
 
-# %% ../chapters/03_serving.ipynb #2c77985e
+# %% ../chapters/03_serving.ipynb #8dbfdd99
 class Limits(BaseSettings):
     "How much the service accepts, and how long it waits. Bytes, milliseconds and seconds as the names say."
 
@@ -97,7 +97,7 @@ class Limits(BaseSettings):
     max_batch: int = Field(BATCH_LIMIT, ge=1, le=BATCH_LIMIT, description="largest number of flights in one batch")
     max_batches_waiting: int = Field(4, ge=1, le=100, description="number of batches in work, then 503")
     max_header_bytes: int = Field(65_536, ge=1_024, le=1_048_576, description="largest headers of a request, bytes")
-    max_lag_ms: float = Field(100, ge=5, le=10_000, description="delay of the event loop that means overload")
+    max_waiting: int = Field(500, ge=1, le=100_000, description="number of requests that wait, then 503")
     header_timeout_s: float = Field(10, ge=0.1, le=120, description="time for a client to send its headers")
     body_timeout_s: float = Field(10, ge=0.1, le=120, description="time for a client to send its body")
     keep_alive_s: int = Field(65, ge=1, le=600, description="time an unused connection stays open")
@@ -812,7 +812,7 @@ class NullObserver:
 
     def exposition(self) -> tuple[bytes, str] | None: ...
 
-# %% ../chapters/03_serving.ipynb #3bfc67cf
+# %% ../chapters/03_serving.ipynb #2fc3209b
 @dataclass(slots=True)
 class Runtime:
     "What one running application knows. The model is replaced as a whole or not at all."
@@ -822,7 +822,7 @@ class Runtime:
     model: Model | None = None
     reason: str = "the model is not loaded yet"  # why there is no model
     draining: bool = False  # SIGTERM was received
-    lag: float = 0.0  # how late the event loop was last, seconds
+    waiting: int = 0  # requests that arrived and whose turn has not come; counted by the server
     batches: int = 0  # batches that were read, in work or waiting
     pool: ThreadPoolExecutor | None = None  # one worker, for batches
 
@@ -951,21 +951,6 @@ def check_key(settings: Settings, head: Head) -> None:
     if not hmac.compare_digest(head.get(b"x-api-key", b""), expected):
         raise Unauthorised("Send the key in the header X-API-Key.")
 
-# %% ../chapters/03_serving.ipynb #acefab1a
-PULSE = 0.02  # seconds between two looks at the event loop
-
-
-async def watch_lag(runtime: Runtime) -> None:
-    "Measure again and again how late the event loop is. One late look may be chance; two in a row are load."
-    loop = asyncio.get_running_loop()
-    before = 0.0
-    while True:
-        asked = loop.time()
-        await asyncio.sleep(PULSE)
-        late = max(0.0, loop.time() - asked - PULSE)
-        runtime.lag, before = min(late, before), late
-        runtime.observer.lag(late)
-
 # %% ../chapters/03_serving.ipynb #8db954f8
 def check_body(
     head: Head,
@@ -983,17 +968,15 @@ def check_body(
     if len(declared) > 12 or int(declared) > limit:
         raise TooLarge(f"The body may have at most {limit} bytes.")
 
-# %% ../chapters/03_serving.ipynb #807d5c5e
+# %% ../chapters/03_serving.ipynb #1445a82b
 def admit(
     runtime: Runtime,
     head: Head,
     limit: int,  # largest body, bytes
 ) -> None:
-    "What is checked before any byte of the body is read: key, model, load, media type, declared size."
+    "What is checked before any byte of the body is read: key, model, media type, declared size."
     check_key(runtime.settings, head)
     _serving(runtime)
-    if runtime.lag * 1000 > runtime.settings.max_lag_ms:
-        raise Overloaded("More requests arrive than can be answered in time; try again later.")
     check_body(head, limit)
 
 # %% ../chapters/03_serving.ipynb #c246f79f
@@ -1236,12 +1219,12 @@ class ModelInfo(BaseModel):
     service_git_sha: str = Field(description="commit of the service")
     config: str = Field(description="fingerprint of the settings that can change an answer")
 
-# %% ../chapters/03_serving.ipynb #745cf87e
+# %% ../chapters/03_serving.ipynb #42d2f385
 @v1.get(
     "/model",
     operation_id="describeModel",
     summary="Describe the model",
-    responses=documented(*_ANYWHERE, Unauthorised, NotReady, ServiceError),
+    responses=documented(*_ANYWHERE, Unauthorised, NotReady, Overloaded, ServiceError),
     openapi_extra=_GUARDED,
 )
 async def served_model(runtime: RuntimeDep) -> ModelInfo:
@@ -1402,12 +1385,24 @@ async def _handle(request: Request, error: Exception) -> Response:
     "FastAPI's exception handler for everything."
     return as_response(describe(request.scope["call"], translated(error)))
 
-# %% ../chapters/03_serving.ipynb #35e3590f
+# %% ../chapters/03_serving.ipynb #a9b0cbae
+PULSE = 0.02  # seconds between two looks at the event loop
+
+
+async def watch_lag(runtime: Runtime) -> None:
+    "Measure again and again how late the event loop is."
+    loop = asyncio.get_running_loop()
+    while True:
+        asked = loop.time()
+        await asyncio.sleep(PULSE)
+        runtime.observer.lag(max(0.0, loop.time() - asked - PULSE))
+
+# %% ../chapters/03_serving.ipynb #1c789b4f
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     "Before the first request: load the model, once. After the last: stop the worker."
     runtime: Runtime = app.runtime  # type: ignore[attr-defined]
-    runtime.pool, runtime.lag = ThreadPoolExecutor(1, thread_name_prefix="batch"), 0.0
+    runtime.pool = ThreadPoolExecutor(1, thread_name_prefix="batch")
     reload(runtime)
     pulse = asyncio.create_task(watch_lag(runtime))
     yield
@@ -1462,3 +1457,18 @@ def build_app(
     app.include_router(v1)
     app.include_router(operations)
     return app
+
+# %% ../chapters/03_serving.ipynb #a06856d4
+ALWAYS = frozenset(("/health", "/ready", "/metrics"))  # answered however busy the service is
+
+
+def turned_away(
+    runtime: Runtime,
+    scope: Scope,  # of a request that has just arrived
+) -> tuple[Call, Answer] | None:
+    "The refusal of a request if there is no room for it among those that wait; None if it may wait."
+    if runtime.waiting < runtime.settings.max_waiting or scope["path"] in ALWAYS:
+        return None
+    call, _ = open_call(scope)
+    call.method, call.route = bounded(call.method, call.route)
+    return call, describe(call, Overloaded("More requests arrive than can be answered in time; try again later."))

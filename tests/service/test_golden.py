@@ -27,7 +27,7 @@ def told(request: pytest.FixtureRequest, artifacts_root: Path) -> list[tuple[dic
     golden: Path = request.param
     version, shelf = golden.parent.name, artifacts_root / MODEL_NAME
     settings = Settings.model_construct(
-        model_uri=str(shelf / version), model_digest=read_registry(shelf).versions[version], max_lag_ms=10_000.0
+        model_uri=str(shelf / version), model_digest=read_registry(shelf).versions[version]
     )
     cases = json.loads(golden.read_bytes())["cases"]
     with TestClient(build_app(settings)) as client:

@@ -48,7 +48,6 @@ def test_the_service_answers_from_its_own_lock_alone(bare_python: Path, shipped:
         API_KEY="k7Qz9-mR2vXw8-Lp4tNb6",
         PORT=str(port),
         DRAIN_S="0",
-        MAX_LAG_MS="10000",
     )
     del lean["PYTHONPATH"]
     log = shipped / "service.log"
