@@ -3,15 +3,16 @@
 # %% auto #0
 __all__ = ['MODEL_NAME', 'LABEL', 'LATE_MINUTES', 'SCORING_LEAD', 'ALERT_BUDGET', 'MISS_COST', 'FALSE_WARNING_COST', 'CRITERIA',
            'Known', 'AT_SCORING', 'INPUTS', 'OUTCOMES', 'DERIVED', 'CATEGORICAL', 'NUMERIC', 'FEATURES', 'COLUMNS',
-           'ORIGINS', 'MAX_IMPOSSIBLE', 'WEATHER_NAMES', 'RECENT_WINDOW', 'SPLITS', 'DATA_FILES', 'MANIFEST', 'BINS',
-           'MISSING', 'OTHER', 'project_root', 'is_disrupted', 'data_folder', 'Criterion', 'holds', 'Column',
-           'ContractError', 'check_features', 'DataError', 'check_frame', 'load_weather', 'weather_hour',
-           'recent_origin_delay', 'load_flights', 'load_dataset', 'derive', 'add_derived', 'split_by_time',
-           'check_bounds', 'sha256_text', 'split_ledger', 'canonical_json', 'sha256_file', 'dataset_sha256',
-           'Provenance', 'Manifest', 'artifact_digest', 'VersionError', 'parse_version', 'model_input',
-           'features_sha256', 'Registry', 'read_registry', 'ArtifactError', 'verify_artifact', 'write_artifact',
-           'register', 'releases_folder', 'approved_versions', 'point_channel', 'discard_version', 'resolve_channel',
-           'bin_edges', 'number_shares', 'category_shares', 'make_reference', 'practice', 'Headline']
+           'ORIGINS', 'MAX_IMPOSSIBLE', 'WEATHER_NAMES', 'RECENT_WINDOW', 'SPLITS', 'DATA_FILES', 'MANIFEST',
+           'MAX_MANIFEST', 'BINS', 'MISSING', 'OTHER', 'project_root', 'is_disrupted', 'data_folder', 'Criterion',
+           'holds', 'Column', 'ContractError', 'check_features', 'DataError', 'check_frame', 'load_weather',
+           'weather_hour', 'recent_origin_delay', 'load_flights', 'load_dataset', 'derive', 'add_derived',
+           'split_by_time', 'check_bounds', 'sha256_text', 'split_ledger', 'canonical_json', 'sha256_file',
+           'dataset_sha256', 'Provenance', 'Manifest', 'artifact_digest', 'VersionError', 'parse_version',
+           'model_input', 'features_sha256', 'Registry', 'read_registry', 'ArtifactError', 'verify_artifact',
+           'read_manifest', 'write_artifact', 'register', 'releases_folder', 'approved_versions', 'point_channel',
+           'discard_version', 'resolve_channel', 'bin_edges', 'number_shares', 'category_shares', 'make_reference',
+           'practice', 'Headline']
 
 # %% ../chapters/01_blueprint.ipynb #60c13362
 import hashlib
@@ -707,7 +708,7 @@ def read_registry(
 class ArtifactError(RuntimeError):
     "An artifact is not what it should be. The text names the file and what is wrong."
 
-# %% ../chapters/01_blueprint.ipynb #00d8597b
+# %% ../chapters/01_blueprint.ipynb #66bfb868
 MANIFEST = "manifest.json"
 
 
@@ -716,7 +717,7 @@ def verify_artifact(
     digest: str | None = None,  # what the registry says; None only checks that the folder agrees with itself
 ) -> Manifest:
     "Compare the digest and the hash of every file. Returns the manifest or raises `ArtifactError`."
-    raw = _read_manifest(folder)
+    raw = read_manifest(folder)
     if digest is not None and artifact_digest(raw) != digest:
         raise ArtifactError(
             f"{folder.name}/{MANIFEST} has digest {artifact_digest(raw)}, expected {digest}; "
@@ -726,24 +727,41 @@ def verify_artifact(
         manifest = Manifest.model_validate_json(raw)
         _verify_files(folder, manifest.files)
     except ValidationError as error:
-        raise ArtifactError(f"{folder.name}/{MANIFEST} is not a manifest of this course: {error}") from error
+        raise ArtifactError(f"{folder.name}/{MANIFEST} is not a manifest of this course: {_first(error)}") from error
     except OSError as error:
-        raise ArtifactError(f"cannot read {error.filename}: {error.strerror}; fetch the artifact again") from error
+        name = Path(str(error.filename)).name  # not the whole path: the service shows this text to its clients
+        raise ArtifactError(f"cannot read {name}: {error.strerror}; fetch the artifact again") from error
     return manifest
 
-# %% ../chapters/01_blueprint.ipynb #e5cf0933
-def _read_manifest(folder: Path) -> bytes:
+# %% ../chapters/01_blueprint.ipynb #ed29781c
+MAX_MANIFEST = 1_048_576  # bytes; a manifest has about 9 kB, and what is larger is not worth reading
+
+
+def read_manifest(
+    folder: Path,  # the artifact's folder
+) -> bytes:
     "The manifest's bytes, or an `ArtifactError` that says why they cannot be had."
-    path = folder / MANIFEST
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ArtifactError(f"{folder.name}/{MANIFEST} is not a plain file; fetch the artifact again")
+    name = f"{folder.name}/{MANIFEST}"
     try:
-        return (folder / MANIFEST).read_bytes()
+        path = folder / MANIFEST
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # opening a pipe would wait for ever
+            raise ArtifactError(f"{name} is a symbolic link or not a plain file; fetch the artifact again")
+        with path.open("rb") as file:
+            raw = file.read(MAX_MANIFEST + 1)
     except OSError as error:
+        advice = "run `make train`, or point MODEL_URI at an artifact's folder"
+        raise ArtifactError(f"cannot read {name}: {error.strerror}; {advice}") from error
+    if len(raw) > MAX_MANIFEST:
         raise ArtifactError(
-            f"cannot read {folder / MANIFEST}: {error.strerror}; "
-            "run `make train`, or point MODEL_URI at an artifact's folder"
-        ) from error
+            f"{name} has more than {MAX_MANIFEST} bytes, so it is no manifest; fetch the artifact again"
+        )
+    return raw
+
+
+def _first(error: ValidationError) -> str:
+    "The first of the mistakes, and how many there are. All of them could fill megabytes."
+    place, text = error.errors(include_input=False, include_url=False)[0], error.error_count()
+    return f"{'.'.join(map(str, place['loc']))[:100]}: {place['msg']} (mistakes: {text})"
 
 # %% ../chapters/01_blueprint.ipynb #29dfdd62
 def _verify_files(
@@ -796,12 +814,12 @@ def _advice(version: str) -> str:
     "What to do when a version exists with other content."
     return f"raise the version in the recipe, or, if nobody uses the old one: .venv/bin/python -m ops discard {version}"
 
-# %% ../chapters/01_blueprint.ipynb #18d84efd
+# %% ../chapters/01_blueprint.ipynb #25c76d7a
 def _already_there(folder: Path, manifest: Manifest) -> str:
     "The digest of the version that exists, if its content is the same; otherwise `VersionError`."
     present = verify_artifact(folder)
     if present.same_content(manifest):
-        return artifact_digest(_read_manifest(folder))
+        return artifact_digest(read_manifest(folder))
     names = {*present.files, *manifest.files}
     differ = sorted(n for n in names if present.files.get(n) != manifest.files.get(n)) or ["manifest fields"]
     named = ", ".join(differ[:3]) + (", …" if len(differ) > 3 else "")
@@ -878,7 +896,7 @@ def discard_version(
     _save_registry(root, registry)
     shutil.rmtree(root / version, ignore_errors=True)
 
-# %% ../chapters/01_blueprint.ipynb #8cf55ba1
+# %% ../chapters/01_blueprint.ipynb #98a60a2d
 def resolve_channel(
     root: Path,  # the folder of all versions
     channel: str,  # such as 'prod'
@@ -886,7 +904,7 @@ def resolve_channel(
     "The folder and digest that a channel points to."
     registry = read_registry(root)
     if channel not in registry.channels:
-        raise ArtifactError(f"channel '{channel}' points to nothing in {root}; run `make train` first")
+        raise ArtifactError(f"channel '{channel}' points to nothing; run `make train` first")
     version = registry.channels[channel]
     return root / version, registry.versions[version]
 

@@ -10,7 +10,7 @@ __all__ = ['EXAMPLE', 'BATCH_LIMIT', 'SECRETS', 'LogLevel', 'MIN_KEY', 'LOCAL_TI
            'HeadersTooLarge', 'Unauthorised', 'NotFound', 'WrongMethod', 'NotReady', 'Overloaded', 'Answer', 'problem',
            'field_errors', 'invalid', 'accept_id', 'new_id', 'features', 'run_graph', 'Model', 'check_compatible',
            'replay', 'load_model', 'warm_up', 'Call', 'Observer', 'NullObserver', 'Runtime', 'reload', 'render',
-           'parse', 'score_one', 'score_batch', 'read_head', 'check_key', 'check_body', 'admit', 'ClientGone',
+           'parse', 'score_one', 'score_batch', 'read_head', 'check_key', 'check_body', 'admit', 'hold', 'ClientGone',
            'collect', 'read_body', 'answer_one', 'answer_batch', 'respond', 'describe', 'closing', 'finish', 'deliver',
            'runtime_of', 'as_response', 'documented', 'predict', 'predict_batch', 'ModelInfo', 'served_model', 'Status',
            'health', 'ready', 'metrics', 'open_call', 'bounded', 'Service', 'run_watched', 'translated', 'watch_lag',
@@ -59,8 +59,8 @@ from .blueprint import CATEGORICAL, COLUMNS, DERIVED, FEATURES, INPUTS, MODEL_NA
 # %% ../chapters/03_serving.ipynb #4f673e78
 from .blueprint import MANIFEST, ArtifactError, Column, Manifest, artifact_digest, verify_artifact
 
-# %% ../chapters/03_serving.ipynb #6c3bd8eb
-from .blueprint import canonical_json, derive, parse_version, project_root, resolve_channel
+# %% ../chapters/03_serving.ipynb #c4f1008e
+from .blueprint import canonical_json, derive, parse_version, project_root, read_manifest, resolve_channel
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -86,7 +86,7 @@ EXAMPLE: dict[str, Any] = {
 BATCH_LIMIT = 1_000  # most flights in one batch request; part of the published contract
 SECRETS = Path("/run/secrets")  # files here are read like environment variables of the same name
 
-# %% ../chapters/03_serving.ipynb #8dbfdd99
+# %% ../chapters/03_serving.ipynb #d5df828a
 class Limits(BaseSettings):
     "How much the service accepts, and how long it waits. Bytes, milliseconds and seconds as the names say."
 
@@ -95,6 +95,7 @@ class Limits(BaseSettings):
     max_body_bytes: int = Field(16_384, ge=1_024, le=1_048_576, description="largest body of one prediction, bytes")
     max_batch_bytes: int = Field(1_048_576, ge=1_024, le=16_777_216, description="largest body of a batch, bytes")
     max_batch: int = Field(BATCH_LIMIT, ge=1, le=BATCH_LIMIT, description="largest number of flights in one batch")
+    max_held_bytes: int = Field(33_554_432, ge=16_777_216, description="large bodies that arrive, bytes, then 503")
     max_batches_waiting: int = Field(4, ge=1, le=100, description="number of batches in work, then 503")
     max_header_bytes: int = Field(65_536, ge=1_024, le=1_048_576, description="largest headers of a request, bytes")
     max_waiting: int = Field(500, ge=1, le=100_000, description="number of requests that wait, then 503")
@@ -629,20 +630,17 @@ def check_compatible(
         if not fits:
             raise ArtifactError(f"{MANIFEST}: {problem}; this service cannot serve it")
 
-# %% ../chapters/03_serving.ipynb #ea1d4d23
+# %% ../chapters/03_serving.ipynb #28d01fd6
 def _verified(
     folder: Path,  # the artifact's folder
     digest: str | None,  # what it must be; None accepts what is there
 ) -> tuple[Manifest, str]:
     "The manifest and the digest of a folder in which every file is what the manifest says."
-    path = folder / MANIFEST
-    if path.is_symlink() or (path.exists() and not path.is_file()):  # opening a pipe would wait for ever
-        raise ArtifactError(f"{MANIFEST} is a symbolic link or not a plain file; fetch the artifact again")
-    found = artifact_digest(path.read_bytes()) if path.is_file() else digest
+    found = artifact_digest(read_manifest(folder))
     if digest is not None and found != digest:
         problem = "it was changed after it was registered, or MODEL_DIGEST is wrong"
         raise ArtifactError(f"{folder.name}/{MANIFEST} has digest {found}, expected {digest}; {problem}")
-    return verify_artifact(folder, found), str(found)
+    return verify_artifact(folder, found), found
 
 # %% ../chapters/03_serving.ipynb #f233d32a
 def _verified_bytes(
@@ -812,7 +810,7 @@ class NullObserver:
 
     def exposition(self) -> tuple[bytes, str] | None: ...
 
-# %% ../chapters/03_serving.ipynb #2fc3209b
+# %% ../chapters/03_serving.ipynb #b5a9f873
 @dataclass(slots=True)
 class Runtime:
     "What one running application knows. The model is replaced as a whole or not at all."
@@ -822,11 +820,12 @@ class Runtime:
     model: Model | None = None
     reason: str = "the model is not loaded yet"  # why there is no model
     draining: bool = False  # SIGTERM was received
+    held: int = 0  # bytes of large bodies that are not complete yet
     waiting: int = 0  # requests that arrived and whose turn has not come; counted by the server
     batches: int = 0  # batches that were read, in work or waiting
     pool: ThreadPoolExecutor | None = None  # one worker, for batches
 
-# %% ../chapters/03_serving.ipynb #0804ec91
+# %% ../chapters/03_serving.ipynb #d7ef635a
 def reload(
     runtime: Runtime,  # of the application
 ) -> bool:
@@ -834,7 +833,8 @@ def reload(
     try:
         model = load_model(*model_source(runtime.settings), runtime.settings.threshold)
     except Exception as error:  # whatever is wrong: the process stays alive and says so
-        runtime.reason = str(error) or type(error).__name__
+        known = isinstance(error, ArtifactError)  # its text is made for clients; any other may hold a path
+        runtime.reason = str(error) if known else f"it cannot be loaded ({type(error).__name__})"
         runtime.observer.load_failed(runtime.reason)
         return False
     runtime.model, runtime.reason = model, ""
@@ -979,57 +979,77 @@ def admit(
     _serving(runtime)
     check_body(head, limit)
 
-# %% ../chapters/03_serving.ipynb #c246f79f
+# %% ../chapters/03_serving.ipynb #67b88bf1
+def hold(
+    runtime: Runtime,
+    size: int,  # of a body so far, bytes
+    counted: int,  # of them, those that were counted before
+) -> int:
+    "Count a body that is large and not complete. Returns how many bytes are new; too many are an overload."
+    if size <= runtime.settings.max_body_bytes:
+        return 0
+    if runtime.held + size - counted > runtime.settings.max_held_bytes:
+        raise Overloaded("Too many large bodies arrive at once; try again later.")
+    runtime.held += size - counted
+    return size - counted
+
+# %% ../chapters/03_serving.ipynb #57cb45db
 class ClientGone(Exception):
     "The client closed the connection before its request was complete."
 
 
 async def collect(
+    runtime: Runtime,
     receive: Receive,
     limit: int,  # bytes
 ) -> bytes:
     "All parts of the body, up to a limit."
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise TooLarge(f"The body may have at most {limit} bytes.")
-        if not message.get("more_body", False):
-            return bytes(body)
+    body, counted = bytearray(), 0
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise TooLarge(f"The body may have at most {limit} bytes.")
+            if not message.get("more_body", False):
+                return bytes(body)
+            counted += hold(runtime, len(body), counted)
+    finally:
+        runtime.held -= counted
 
-# %% ../chapters/03_serving.ipynb #da1e0381
+# %% ../chapters/03_serving.ipynb #bfa120f1
 async def read_body(
+    runtime: Runtime,
     receive: Receive,
     limit: int,  # bytes
-    seconds: float,  # for the whole body
 ) -> bytes:
-    "The request's body. Raises `TooLarge`, `SlowBody` or `ClientGone`."
+    "The request's body. Raises `TooLarge`, `SlowBody`, `Overloaded` or `ClientGone`."
+    seconds = runtime.settings.body_timeout_s
     try:
         async with asyncio.timeout(seconds):
-            return await collect(receive, limit)
+            return await collect(runtime, receive, limit)
     except TimeoutError:
         raise SlowBody(f"The body must arrive within {seconds:g} seconds.") from None
 
-# %% ../chapters/03_serving.ipynb #7f0967de
+# %% ../chapters/03_serving.ipynb #20834610
 _JSON = ((b"content-type", b"application/json"),)
 
 
 async def answer_one(runtime: Runtime, call: Call, head: Head, receive: Receive) -> Answer:
     "POST /v1/predict."
-    settings = runtime.settings
-    admit(runtime, head, settings.max_body_bytes)
-    body = await read_body(receive, settings.max_body_bytes, settings.body_timeout_s)
+    limit = runtime.settings.max_body_bytes
+    admit(runtime, head, limit)
+    body = await read_body(runtime, receive, limit)
     return Answer(200, _JSON, score_one(runtime, call, body))
 
-# %% ../chapters/03_serving.ipynb #3e20d374
+# %% ../chapters/03_serving.ipynb #a75c28ca
 async def answer_batch(runtime: Runtime, call: Call, head: Head, receive: Receive) -> Answer:
     "POST /v1/predict/batch."
     settings = runtime.settings
     admit(runtime, head, settings.max_batch_bytes)
-    body = await read_body(receive, settings.max_batch_bytes, settings.body_timeout_s)
+    body = await read_body(runtime, receive, settings.max_batch_bytes)
     if runtime.batches >= settings.max_batches_waiting:
         raise Overloaded("Too many batches are waiting; try again later.")
     runtime.batches += 1  # only now: a slow client must not hold a place
@@ -1258,10 +1278,7 @@ async def health() -> Status:
     """Alive? Independent of the model and of any input."""
     return Status(status="alive")
 
-# %% ../chapters/03_serving.ipynb #e99d6330
-_FOLDERS = re.compile(r"(?<![^\s'\"(])/(?:[^/\n:;]+/)*(?=[^/\s])")  # the way to a file; its name stays
-
-
+# %% ../chapters/03_serving.ipynb #6776612e
 @operations.head("/ready", include_in_schema=False)
 @operations.get("/ready", operation_id="ready", summary="Is it ready?", responses=documented(*_ANYWHERE, NotReady))
 async def ready(runtime: RuntimeDep) -> Status:
@@ -1269,7 +1286,7 @@ async def ready(runtime: RuntimeDep) -> Status:
     if runtime.draining:
         raise NotReady("The service is stopping.")
     if runtime.model is None:
-        raise NotReady(f"No model is served: {_FOLDERS.sub('', runtime.reason)}")
+        raise NotReady(f"No model is served: {runtime.reason}")
     return Status(status="ready")
 
 # %% ../chapters/03_serving.ipynb #416e8ecd

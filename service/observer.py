@@ -22,6 +22,7 @@ class LogObserver:
         self._out = structlog.BytesLogger(stream or sys.stdout.buffer)
         self._log = event_logger(self.line, self._out, settings.log_level)
         self._quiet = LEVELS[settings.log_level] > LEVELS["info"]
+        self._source = settings.model_uri or "channel prod"
         self._release: dict[str, str] = {
             "service": mlops_course.__version__,
             "git_sha": settings.git_sha,
@@ -39,8 +40,8 @@ class LogObserver:
         self._log.info("model_loaded", ms=steps, threshold=model.threshold)
 
     def load_failed(self, reason: str) -> None:
-        """Log why a model was refused."""
-        self._log.error("model_refused", reason=reason)
+        """Log why a model was refused, and where it was looked for: the reason itself names no folder."""
+        self._log.error("model_refused", reason=reason, source=self._source)
 
     def scored(self, call: Call, ids: Sequence[str], rows: Sequence[Row], scores: Sequence[Score]) -> None:
         """Nothing: scores are counted from chapter 5 on."""
