@@ -10,14 +10,15 @@ __all__ = ['MODEL_NAME', 'LABEL', 'LATE_MINUTES', 'SCORING_LEAD', 'ALERT_BUDGET'
            'split_by_time', 'check_bounds', 'sha256_text', 'split_ledger', 'canonical_json', 'sha256_file',
            'dataset_sha256', 'Provenance', 'Manifest', 'artifact_digest', 'VersionError', 'parse_version',
            'model_input', 'features_sha256', 'Registry', 'read_registry', 'ArtifactError', 'verify_artifact',
-           'read_manifest', 'write_artifact', 'register', 'releases_folder', 'approved_versions', 'point_channel',
-           'discard_version', 'resolve_channel', 'bin_edges', 'number_shares', 'category_shares', 'make_reference',
-           'practice', 'Headline']
+           'read_manifest', 'onnx_runtime', 'write_artifact', 'register', 'releases_folder', 'approved_versions',
+           'point_channel', 'discard_version', 'resolve_channel', 'bin_edges', 'number_shares', 'category_shares',
+           'make_reference', 'practice', 'Headline']
 
-# %% ../chapters/01_blueprint.ipynb #60c13362
+# %% ../chapters/01_blueprint.ipynb #58d697e7
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -762,6 +763,14 @@ def _first(error: ValidationError) -> str:
     "The first of the mistakes, and how many there are. All of them could fill megabytes."
     place, text = error.errors(include_input=False, include_url=False)[0], error.error_count()
     return f"{'.'.join(map(str, place['loc']))[:100]}: {place['msg']} (mistakes: {text})"
+
+# %% ../chapters/01_blueprint.ipynb #aba0bdc1
+def onnx_runtime() -> Any:
+    "The module `onnxruntime`, which then records nothing and sends nothing."
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
 
 # %% ../chapters/01_blueprint.ipynb #29dfdd62
 def _verify_files(

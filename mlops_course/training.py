@@ -40,7 +40,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from threadpoolctl import threadpool_limits
 
-# %% ../chapters/02_training.ipynb #e427d101
+# %% ../chapters/02_training.ipynb #4ce8b6e2
 from mlops_course.blueprint import (
     ALERT_BUDGET,
     CATEGORICAL,
@@ -66,6 +66,7 @@ from mlops_course.blueprint import (
     load_dataset,
     make_reference,
     model_input,
+    onnx_runtime,
     parse_version,
     project_root,
     register,
@@ -425,16 +426,14 @@ def to_onnx(
     model.opset_import.extend(ordered)  # the converter's order depends on Python's hash seed
     return model.SerializeToString(deterministic=True)
 
-# %% ../chapters/02_training.ipynb #5488d855
+# %% ../chapters/02_training.ipynb #2a7a7ba6
 def onnx_scores(
     graph: bytes,  # an ONNX model
     flights: pd.DataFrame,  # rows with the contract's features
 ) -> np.ndarray:
     "Probability of disruption for each row, shape (n,), computed by ONNX Runtime."
-    import onnxruntime
-
     table = model_input(flights)
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = onnx_runtime().InferenceSession(graph, providers=["CPUExecutionProvider"])
     feed = {"categories": table[list(CATEGORICAL)].to_numpy(object), "numbers": table[list(NUMERIC)].to_numpy()}
     return session.run(["probabilities"], feed)[0][:, 1].astype(float)
 

@@ -233,3 +233,13 @@ def test_a_killed_service_is_ready_again_soon(serve: Callable[..., Running], exa
     first.process.kill()
     first.process.wait(10)
     assert httpx.post(serve().url + "/v1/predict", json=example).status_code == 200
+
+
+def test_the_model_runtime_keeps_no_record_of_its_use(serve: Callable[..., Running], tmp_path: Path) -> None:
+    """ONNX Runtime would write a database below the home folder and send it to its maker."""
+    home = tmp_path / "home"
+    home.mkdir()
+    running = serve(HOME=str(home))
+    assert httpx.get(running.url + "/ready").status_code == 200
+    assert running.stop() == 0
+    assert [file.name for file in home.rglob("*") if file.suffix == ".db"] == []
