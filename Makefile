@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course test check train lab run publish smoke export lock clean
+.PHONY: help setup course test check train lab run bench publish smoke export lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
@@ -54,6 +54,9 @@ lab: setup ## Open the book in JupyterLab
 
 run: setup ## Serve the released model on port 8000
 	$(BIN)/python -m service
+
+bench: setup ## Compare speed and size with other servers of the same model (needs wrk)
+	$(BIN)/python -m ops bench
 
 publish: setup ## Copy reports into docs/ and renew the numbers and tables in the documents
 	$(BIN)/python -m ops publish

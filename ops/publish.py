@@ -6,6 +6,7 @@ from a committed JSON file or from the code. A test renders everything again and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from typing import Any
 import click
 
 from ops import ROOT, artifacts_option
+from ops.bench import report
 
 QUALITY = ROOT / "docs" / "reports" / "quality.json"
+BENCHMARKS = QUALITY.with_name("benchmarks.json")
 
 # Which metrics the README shows, in words that need no glossary.
 ROWS = {
@@ -85,8 +88,33 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
+def benchmark(render: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """Return a function that renders one part of the committed benchmark."""
+    return lambda: render(json.loads(BENCHMARKS.read_text()))
+
+
 # Which document has which generated part.
-PARTS: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"quality": quality_table, "settings": settings_table}}
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"quality": quality_table, "settings": settings_table, "speed": benchmark(report.short_lines)},
+    "docs/benchmarks.md": {
+        "speed": benchmark(report.speed_table),
+        "goals": benchmark(report.goal_lines),
+        "worse": benchmark(report.worse_lines),
+        "crowd": benchmark(report.crowd_lines),
+        "anatomy": benchmark(report.anatomy_table),
+        "setting": benchmark(report.setting_lines),
+    },
+}
+
+
+def publish_benchmarks(measured: Path) -> list[str]:
+    """Copy a new benchmark into docs/reports and draw it. Returns the names of the files written."""
+    if not measured.exists():
+        return []
+    BENCHMARKS.write_bytes(measured.read_bytes())
+    plot = BENCHMARKS.with_suffix(".png")
+    report.draw(json.loads(BENCHMARKS.read_text()), plot, source=hashlib.sha256(BENCHMARKS.read_bytes()).hexdigest())
+    return [file.relative_to(ROOT).as_posix() for file in (BENCHMARKS, plot)]
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -115,7 +143,7 @@ def publish(artifacts: Path) -> None:
 
     QUALITY.parent.mkdir(parents=True, exist_ok=True)
     QUALITY.write_bytes(canonical_json(collect_quality(artifacts.resolve() / MODEL_NAME)))
-    written = [QUALITY.relative_to(ROOT).as_posix()]
+    written = [QUALITY.relative_to(ROOT).as_posix(), *publish_benchmarks(ROOT / "build" / "bench" / "benchmarks.json")]
     for document in PARTS:
         (ROOT / document).write_text(render(document), encoding="utf-8")
         written.append(document)

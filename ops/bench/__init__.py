@@ -38,12 +38,18 @@ TOLERANCE = 6e-5
 @artifacts_option
 @click.option("--rounds", default=5, show_default=True, help="How often each server is started and measured.")
 @click.option("--seconds", default=4, show_default=True, help="How long each load lasts.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=ROOT / "build" / "bench",
+    help="Where environments and the result go. Default: build/bench.",
+)
 @click.option("--only", multiple=True, help="Only this server; may be repeated. Default: all.")
-def bench(artifacts: Path, rounds: int, seconds: int, only: tuple[str, ...]) -> None:
+def bench(artifacts: Path, rounds: int, seconds: int, folder: Path, only: tuple[str, ...]) -> None:
     """Install each server in an environment of its own, prove that all give the same answers, then measure.
 
     In each round every server is started afresh, so all meet the same minutes of the machine. It gets one core, the
-    load generator (wrk) another. The result is build/bench/benchmarks.json; `python -m ops publish` shows it in docs/.
+    load generator (wrk) another. The result is benchmarks.json; `python -m ops publish` shows it in docs/.
     """
     from ops.bench.servers import contenders
 
@@ -54,7 +60,7 @@ def bench(artifacts: Path, rounds: int, seconds: int, only: tuple[str, ...]) -> 
     if unknown := sorted(set(only) - peers.keys()):
         raise click.BadParameter(f"{unknown[0]} is not one of {', '.join(peers)}", param_hint="--only")
     chosen = {name: peer for name, peer in peers.items() if name in only or not only}
-    folder = ROOT / "build" / "bench"
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     artifact, golden = served_artifact(artifacts)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
@@ -66,7 +72,7 @@ def bench(artifacts: Path, rounds: int, seconds: int, only: tuple[str, ...]) -> 
     target = folder / "benchmarks.json"
     target.write_text(json.dumps(result, indent=1) + "\n")
     click.echo(summary(result))
-    click.echo(f"wrote {target.relative_to(ROOT)}; `python -m ops publish` brings it into docs/benchmarks.md")
+    click.echo(f"wrote {target}; `python -m ops publish` brings it into docs/benchmarks.md")
 
 
 def served_artifact(artifacts: Path) -> tuple[Path, list[dict[str, Any]]]:
@@ -98,8 +104,6 @@ class Bench:
         self.load_core: int | None
         self.server_core: int | None
         self.load_core, self.server_core = (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
-        if self.load_core is not None:
-            os.sched_setaffinity(0, {self.load_core})
 
     def flights(self, count: int) -> list[Flight]:
         """Return golden requests, in turn, until there are enough."""
@@ -109,7 +113,8 @@ class Bench:
         """Install, check and measure."""
         from ops.bench.servers import install, installed_bytes
 
-        pythons = {name: install(peers[name], envs / name) for name in progress([*peers], "installing")}
+        folders = {name: envs / peer.lock.parent.name for name, peer in peers.items()}  # variants share one
+        pythons = {name: install(peers[name], folders[name]) for name in progress([*peers], "installing")}
         sizes = {name: installed_bytes(python) for name, python in pythons.items()}
         for name in progress([*peers], "preparing and checking"):
             self.prepare(peers[name], pythons[name])
@@ -191,12 +196,14 @@ class Bench:
 
     def load(self, port: int, path: str, bodies: str, connections: int, refusals: bool = False) -> dict[str, Any]:
         """Let wrk ask again and again. Raises `RuntimeError` if an answer is broken, or refused where none may be."""
+        from ops.bench.servers import pin
+
         for seconds in (WARM_UP_S, self.seconds):
             command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
             command += ["--timeout", "30s", "--script", str(HERE / "requests.lua"), f"http://127.0.0.1:{port}{path}"]
             command += ["--", str(self.scratch / bodies), self.key]
-            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+            done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=pin(self.load_core))
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         if found["broken"] or (found["refused"] and not refusals):
             raise RuntimeError(f"{bodies}, {connections} connections: some requests were not answered: {found}")
         return {**found, "per_s": round(found["requests"] / found["seconds"], 1)}
@@ -251,6 +258,6 @@ def versions(peer: Peer) -> dict[str, str]:
 
 def summary(result: dict[str, Any]) -> str:
     """Return the result in a few lines."""
-    from ops.bench.report import ratio_lines, speed_table
+    from ops.bench.report import goal_lines, speed_table
 
-    return speed_table(result) + "\n\n" + "\n".join(ratio_lines(result))
+    return speed_table(result) + "\n\n" + goal_lines(result)

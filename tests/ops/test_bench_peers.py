@@ -56,7 +56,7 @@ ANSWERS = {
 
 def test_every_folder_is_a_peer():
     folders = {path.name for path in HERE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert set(PEERS) == folders
+    assert {peer.lock.parent.name for peer in PEERS.values()} == folders
     assert list(PEERS) == [peer.name for peer in PEERS.values()]
 
 
@@ -68,7 +68,7 @@ def test_importing_the_table_is_cheap():
 
 @pytest.mark.parametrize("name", PEERS)
 def test_every_requirement_is_locked_with_hashes(name):
-    lines = (HERE / name / "requirements.in").read_text().splitlines()
+    lines = PEERS[name].lock.with_suffix(".in").read_text().splitlines()
     wanted = [Requirement(line) for line in lines if line and not line.startswith(("#", "-c "))]
     locked = versions(read_lock(PEERS[name].lock))  # refuses a line without hashes
     missing = [r for r in wanted if not r.specifier.contains(locked.get(canonicalize_name(r.name), "0"))]
@@ -190,8 +190,8 @@ def test_reads_the_probabilities_of_a_real_answer(name):
 def test_a_server_listens_on_the_loopback_address_only(name, tmp_path):
     arguments, environment, folder = PEERS[name].command(tmp_path / "bin" / "python", tmp_path, tmp_path, 8123)
     told = [*arguments, *environment.values()]
-    if name == "mlserver":
-        told.append(json.loads((HERE / name / "settings.json").read_text())["host"])
+    if name.startswith("mlserver"):
+        told.append(json.loads((HERE / "mlserver" / "settings.json").read_text())["host"])
     assert {"8123", "127.0.0.1"} <= set(told)
     assert folder.is_dir()
 

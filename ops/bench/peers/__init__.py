@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Peer:
     (with model.joblib), and `work` a folder of this peer's own, empty at first. All three are absolute paths.
     """
 
-    name: str  # of its folder
+    name: str  # of its folder; after a hyphen, of a variant
     title: str  # as a report shows it
     one: str  # path of the route for one flight
     many: str | None  # path of the route for several flights
@@ -51,7 +51,7 @@ class Peer:
     @property
     def lock(self) -> Path:
         """The versions and hashes to install."""
-        return HERE / self.name / "requirements.lock"
+        return HERE / self.name.split("-")[0] / "requirements.lock"
 
 
 def encode(value: object) -> bytes:
@@ -150,6 +150,14 @@ def prepare_mlserver(python: Path, artifact: Path, work: Path) -> None:  # noqa:
     shutil.copy(artifact / "model.joblib", model)
 
 
+def prepare_mlserver_plain(python: Path, artifact: Path, work: Path) -> None:
+    """Do the same, but let each request be answered by itself, which is MLServer's default."""
+    prepare_mlserver(python, artifact, work)
+    file = work / "flight-disruption" / "model-settings.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in settings.items() if not name.startswith("max_batch")}))
+
+
 def start_mlserver(python: Path, artifact: Path, work: Path, port: int) -> Start:  # noqa: ARG001 - all have one signature
     """Serve that folder. Only the port is not in its settings."""
     return [tool(python, "mlserver"), "start", "."], {"MLSERVER_HTTP_PORT": str(port)}, work
@@ -157,7 +165,7 @@ def start_mlserver(python: Path, artifact: Path, work: Path, port: int) -> Start
 
 MLSERVER = Peer(
     name="mlserver",
-    title="MLServer",
+    title="MLServer, joining requests",
     one="/v2/models/flight-disruption/infer",
     many="/v2/models/flight-disruption/infer",
     single=lambda flight: tensors([flight]),
@@ -173,22 +181,34 @@ def rows(flights: Sequence[Flight]) -> bytes:
     return encode({"rows": [features(flight) for flight in flights]})
 
 
-def start_bentoml(python: Path, artifact: Path, work: Path, port: int) -> Start:
+MLSERVER_PLAIN = replace(MLSERVER, name="mlserver-plain", title="MLServer", prepare=prepare_mlserver_plain)
+
+
+def start_bentoml(python: Path, artifact: Path, work: Path, port: int, join: str = "yes") -> Start:
     """Serve the class in service.py. The port is taken by a process that starts the one that serves."""
     server = [tool(python, "bentoml"), "serve", "service:FlightDisruption", "--host", "127.0.0.1", "--port", str(port)]
     extra = {"MODEL_FOLDER": str(artifact), "BENTOML_HOME": str(work), "BENTOML_DO_NOT_TRACK": "True"}
+    extra["JOIN_REQUESTS"] = join
     return server, extra, HERE / "bentoml"
 
 
 BENTOML = Peer(
     name="bentoml",
-    title="BentoML",
+    title="BentoML, joining requests",
     one="/predict",
     many="/predict_batch",
     single=lambda flight: rows([flight]),
     batch=rows,
     probabilities=lambda answer: [float(value) for value in json.loads(answer)],
     command=start_bentoml,
+)
+
+
+BENTOML_PLAIN = replace(
+    BENTOML,
+    name="bentoml-plain",
+    title="BentoML",
+    command=lambda python, artifact, work, port: start_bentoml(python, artifact, work, port, join="no"),
 )
 
 
@@ -235,4 +255,5 @@ MLFLOW = Peer(
     prepare=prepare_mlflow,
 )
 
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (ECHO, TUTORIAL, MLSERVER, BENTOML, MLFLOW)}
+_ALL = (ECHO, TUTORIAL, MLSERVER_PLAIN, MLSERVER, BENTOML_PLAIN, BENTOML, MLFLOW)
+PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}

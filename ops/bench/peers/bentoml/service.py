@@ -60,7 +60,7 @@ class FlightDisruption:
         return probabilities
 
     # Adaptive batching: BentoML joins requests that come at the same time, and parts the answers again.
-    @bentoml.api(batchable=True)  # type: ignore[untyped-decorator] # bentoml is not installed where types are checked
+    @bentoml.api(batchable=os.environ["JOIN_REQUESTS"] == "yes")  # type: ignore[untyped-decorator] # bentoml is not installed where types are checked
     def predict(self, rows: list[Features]) -> list[float]:
         """Score one flight: a list with one row."""
         return self.score(rows)
