@@ -2,7 +2,7 @@
 
 import click
 
-from ops import course, lock, publish, roundtrip, smoke, train
+from ops import course, image, lock, publish, roundtrip, smoke, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -17,6 +17,7 @@ cli.add_command(train.discard)
 cli.add_command(train.point)
 cli.add_command(train.ledger)
 cli.add_command(publish.publish)
+cli.add_command(image.image)
 cli.add_command(smoke.smoke)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)
