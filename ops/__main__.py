@@ -2,7 +2,7 @@
 
 import click
 
-from ops import compose, course, door, image, lock, publish, roundtrip, smoke, train
+from ops import compose, course, door, image, lock, publish, roundtrip, scan, smoke, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,6 +18,7 @@ cli.add_command(train.point)
 cli.add_command(train.ledger)
 cli.add_command(publish.publish)
 cli.add_command(image.image)
+cli.add_command(scan.scan)
 cli.add_command(compose.up)
 cli.add_command(compose.down)
 cli.add_command(door.door)

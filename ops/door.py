@@ -16,6 +16,9 @@ from ops import ROOT
 CONFIG = ROOT / "ops" / "envoy"
 # Where a container finds the files.
 HOME = "/etc/envoy"
+# As in docker-compose.yml, which gives the reasons.
+OPTIONS = ["--disable-hot-restart", "--concurrency", "2", "--log-level", "warning"]
+OPTIONS += ["--file-flush-interval-msec", "1000"]
 
 
 def configure(
@@ -57,7 +60,7 @@ def executable() -> str:
 
 def arguments(config: Path) -> list[str]:
     """Return the command line that starts Envoy, with the options of docker-compose.yml."""
-    return [executable(), "-c", str(config), "--disable-hot-restart", "--concurrency", "2", "--log-level", "warning"]
+    return [executable(), "-c", str(config), *OPTIONS]
 
 
 @click.command(short_help="Run Envoy in front of a service on this machine.")
