@@ -2,7 +2,7 @@
 
 import click
 
-from ops import bench, course, lock, publish, roundtrip, smoke, train
+from ops import bench, compose, course, door, image, lock, publish, roundtrip, scan, smoke, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -17,6 +17,11 @@ cli.add_command(train.discard)
 cli.add_command(train.point)
 cli.add_command(train.ledger)
 cli.add_command(publish.publish)
+cli.add_command(image.image)
+cli.add_command(scan.scan)
+cli.add_command(compose.up)
+cli.add_command(compose.down)
+cli.add_command(door.door)
 cli.add_command(smoke.smoke)
 cli.add_command(bench.bench)
 cli.add_command(lock.lock)

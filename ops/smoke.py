@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
 from ops import ROOT
+from ops.compose import KEY_FILE
 
 TIMEOUT_S = 5.0
 # How many golden cases are asked over the network; the service itself replays all of them at start.
@@ -20,25 +23,53 @@ class Failed(click.ClickException):
 
 
 @click.command(short_help="Ask a running service for predictions and check the answers.")
-@click.option("--url", help="Where the service answers. Default: this machine, the port in PORT or 8000.")
+@click.option(
+    "--url",
+    help="Where the service answers. Default: this machine, the port in PORT or 8000; if nothing listens there, "
+    "Envoy's, in DOOR_PORT or 8080.",
+)
 def smoke(url: str | None) -> None:
     """Check /health, /ready and /v1/model, then send golden requests of the served version.
 
     The answers must have the documented fields and, if the served version is an approved release, its recorded
-    probabilities. Outside dev the key is read from the environment variable API_KEY.
+    probabilities. Outside dev the key is read from the environment variable API_KEY; for this machine also from
+    .secrets/API_KEY, which `make up` writes.
     """
     import httpx
 
-    url = url or f"http://127.0.0.1:{os.environ.get('PORT', '8000')}"
-    key = os.environ.get("API_KEY")
+    url = url or local_url()
+    key = os.environ.get("API_KEY") or local_key(url)
     headers = {"X-API-Key": key} if key else {}
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=headers) as client:
         try:
             model = check_up(client)
             count = check_answers(client, model)
         except httpx.HTTPError as error:
-            raise Failed(f"{url} does not answer ({type(error).__name__}); start it with `make run`") from error
+            raise Failed(
+                f"{url} does not answer ({type(error).__name__}); start it with `make run` or `make up`"
+            ) from error
     click.echo(f"ok: {url} serves {model['version']} ({model['digest'][:19]}), {count} predictions checked")
+
+
+def local_url() -> str:
+    """Return the address of the service on this machine: its own if something listens there, else Envoy's."""
+    own, door = int(os.environ.get("PORT", "8000")), int(os.environ.get("DOOR_PORT", "8080"))
+    open_ports = [port for port in (own, door) if listens(port)]
+    return f"http://127.0.0.1:{[*open_ports, own][0]}"
+
+
+def listens(port: int) -> bool:
+    """Whether anything accepts connections at this port of this machine."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def local_key(url: str) -> str | None:
+    """Return the key of the containers on this machine, if this is this machine and there is one."""
+    if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1") or not KEY_FILE.is_file():
+        return None
+    return KEY_FILE.read_text(encoding="ascii").strip()
 
 
 def get(client: Any, path: str) -> dict[str, Any]:
