@@ -36,6 +36,8 @@ from service.logs import JsonLine, server_log_config
 
 LINGER_S = 2.0  # how long the rest of a refused request is read and thrown away, so that the client sees the answer
 GRACE_S = 0.3  # at the end, how long a connection that has sent nothing yet may still speak
+AT_ONCE = 512  # connections accepted in one turn of the event loop
+ACCEPT_AGAIN_S = 1.0  # when no connection could be accepted
 PHRASES = {
     400: b"HTTP/1.1 400 Bad Request",
     431: b"HTTP/1.1 431 Request Header Fields Too Large",
@@ -290,6 +292,37 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._stop_at: float | None = None
+        self._greetings: set[asyncio.Task[Any]] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. All connections that wait are accepted at once.
+
+        uvloop accepts one in each turn of its loop. When the service is busy a turn takes some hundredths of a second,
+        and a thousand new clients would stand at the door for half a minute.
+        """
+        await super().startup(sockets=[])
+        for door in sockets or ():
+            door.setblocking(False)
+            door.listen(self.config.backlog)
+            self._open(door)
+
+    def _open(self, door: socket.socket) -> None:
+        if door.fileno() >= 0:  # not closed meanwhile
+            asyncio.get_running_loop().add_reader(door, self._welcome, door)
+
+    def _welcome(self, door: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            arrived = waiting_at(door)
+        except OSError as error:  # no file descriptor is left: wait until connections were closed
+            logging.getLogger("uvicorn.error").error("Cannot accept connections: %s.", error.strerror)
+            loop.remove_reader(door)
+            loop.call_later(ACCEPT_AGAIN_S, self._open, door)
+            return
+        for connection in arrived:
+            greeting = loop.create_task(loop.connect_accepted_socket(self._new_connection, connection))
+            self._greetings.add(greeting)
+            greeting.add_done_callback(self._greetings.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's interface
         """SIGTERM drains; SIGINT (a person at the keyboard) or a second signal skips the waiting."""
@@ -316,10 +349,10 @@ class Server(uvicorn.Server):
         for door in sockets or ():
             door.listen(0)
         await asyncio.sleep(GRACE_S)
-        last = [connection for door in sockets or () for connection in waiting_at(door)]
-        for server in self.servers:
-            server.close()
         loop = asyncio.get_running_loop()
+        for door in sockets or ():
+            loop.remove_reader(door)
+        last = [connection for door in sockets or () for connection in waiting_at(door)]
         for connection in last:
             await loop.connect_accepted_socket(self._new_connection, connection)
         await super().shutdown(list(sockets or ()))
@@ -330,14 +363,18 @@ class Server(uvicorn.Server):
 
 
 def waiting_at(door: socket.socket) -> list[socket.socket]:
-    """Return the connections that wait to be accepted. Never blocks."""
-    found = []
-    door.setblocking(False)
-    while True:
+    """Return the connections that wait to be accepted, up to `AT_ONCE`. Never blocks; `OSError` if none can be had."""
+    found: list[socket.socket] = []
+    while len(found) < AT_ONCE:
         try:
             found.append(door.accept()[0])
         except BlockingIOError:
-            return found
+            break
+        except OSError:
+            if not found:
+                raise
+            break
+    return found
 
 
 def listen(host: str, port: int) -> socket.socket:

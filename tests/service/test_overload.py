@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import time
@@ -145,7 +146,33 @@ def test_a_crowd_is_answered_soon_or_refused_and_leaves_no_trace(
     assert after.faults == Counter()
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="a process is paused by SIGSTOP, which Windows has not")
+PAUSABLE = pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows has no SIGSTOP, which pauses a process")
+
+
+def pause(running: Running) -> None:
+    """Stop the process where it is, and return when it has stopped."""
+    running.process.send_signal(signal.SIGSTOP)
+    os.waitpid(running.process.pid, os.WUNTRACED)
+
+
+@PAUSABLE
+def test_new_clients_are_let_in_together(serve: Callable[..., Running], example: dict[str, Any]) -> None:
+    """While the service is paused 200 clients come. Let in one by one, each would be answered before the next."""
+    running = serve(MAX_WAITING=str(WAITING))
+    with ExitStack() as stack:
+        pause(running)
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=20)) for _ in range(200)
+        ]
+        for one in connections:
+            one.sendall(one_request(example))
+        running.process.send_signal(signal.SIGCONT)
+        found = Counter(one.recv(65_536)[9:12] for one in connections)
+    assert found.keys() == {b"200", b"503"}
+    assert found[b"503"] > 100
+
+
+@PAUSABLE
 def test_nobody_waits_for_more_than_the_limit(serve: Callable[..., Running], example: dict[str, Any]) -> None:
     """While the service is paused 100 requests arrive. It takes as many as may wait, so the last one waits for 19."""
     running = serve(MAX_WAITING=str(WAITING))
@@ -156,10 +183,23 @@ def test_nobody_waits_for_more_than_the_limit(serve: Callable[..., Running], exa
         for one in connections:  # once, so that each connection is accepted
             one.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
             assert one.recv(65_536).startswith(b"HTTP/1.1 200 ")
-        running.process.send_signal(signal.SIGSTOP)
-        os.waitpid(running.process.pid, os.WUNTRACED)  # until it is paused
+        pause(running)
         for one in connections:
             one.sendall(one_request(example))
         running.process.send_signal(signal.SIGCONT)
         found = Counter(one.recv(65_536)[9:12] for one in connections)
     assert found == {b"200": WAITING, b"503": 100 - WAITING}
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux can change the limits of a running process")
+def test_without_file_descriptors_it_waits_and_goes_on(serve: Callable[..., Running], example: dict[str, Any]) -> None:
+    running = serve()
+    resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (60, 60))
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=20))
+        time.sleep(1.5)
+        refusals = [line for line in running.lines() if "Cannot accept" in line.get("message", "")]
+    assert 1 <= len(refusals) <= 4  # about one a second: it does not spin
+    assert httpx.post(running.url + "/v1/predict", json=example, timeout=10).status_code == 200
+    assert running.stop() == 0
