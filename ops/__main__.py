@@ -2,7 +2,7 @@
 
 import click
 
-from ops import course, lock, publish, roundtrip, smoke, train
+from ops import course, lock, publish, release, roundtrip, smoke, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -16,6 +16,11 @@ cli.add_command(train.approve)
 cli.add_command(train.discard)
 cli.add_command(train.point)
 cli.add_command(train.ledger)
+cli.add_command(release.release)
+cli.add_command(release.promote)
+cli.add_command(release.rollback)
+cli.add_command(release.history)
+cli.add_command(release.fetch)
 cli.add_command(publish.publish)
 cli.add_command(smoke.smoke)
 cli.add_command(lock.lock)
