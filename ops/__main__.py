@@ -2,7 +2,7 @@
 
 import click
 
-from ops import course, lock, publish, release, roundtrip, smoke, train
+from ops import course, image, lock, publish, release, roundtrip, smoke, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,6 +22,7 @@ cli.add_command(release.rollback)
 cli.add_command(release.history)
 cli.add_command(release.fetch)
 cli.add_command(publish.publish)
+cli.add_command(image.image)
 cli.add_command(smoke.smoke)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)
