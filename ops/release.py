@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ops import ROOT, artifacts_option
+from ops.smoke import url_option
 
 if TYPE_CHECKING:
-    from mlops_course.release import Store
+    from mlops_course.release import Evidence, Store
 
 
 class Refused(click.ClickException):
@@ -64,15 +64,13 @@ def open_store(url: str | None) -> Store:
 
 
 def head() -> str:
-    """Return the commit that is checked out. Uncommitted changes to what ships are refused: nobody could find them."""
-    git = ["git", "-C", str(ROOT)]
-    sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "service", "mlops_course"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    if not sha or changed:
-        raise Refused(f"the service is not a commit ({changed or 'no git here'}); commit it, or give --git-sha")
-    return sha
+    """Return the commit that is checked out. With uncommitted changes it is refused: nobody could find them again."""
+    from ops.image import revision
+
+    found = revision()
+    if found.endswith("-dirty"):
+        raise Refused("there are uncommitted changes, so this is no release of a commit; commit them, or give --git-sha")
+    return found
 
 
 @click.command(short_help="Record image, model and configuration as a new release, in channel candidate.")
@@ -80,6 +78,7 @@ def head() -> str:
 @click.option("--image", help="The built image, as host/name@sha256:… in its registry.")
 @click.option("--git-sha", help="Commit of the service. Default: the commit that is checked out.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting that changes answers; repeatable.")
+@click.option("--quiet", is_flag=True, help="Print the digest alone.")
 @by_option
 @note_option
 @store_option
@@ -89,6 +88,7 @@ def release(
     image: str | None,
     git_sha: str | None,
     pairs: tuple[str, ...],
+    quiet: bool,
     by: str,
     note: str,
     store_url: str | None,
@@ -110,6 +110,9 @@ def release(
         settings = dict(pair.split("=", 1) for pair in pairs)
         made = make_release(git_sha or head(), version, digest, image, settings)
         record_release(store, made, by, note)
+    if quiet:
+        click.echo(made.digest)
+        return
     click.echo(f"release {made.digest}")
     click.echo(f"  service {made.service_version} of commit {made.git_sha[:12]}, image {made.image or 'none'}")
     click.echo(f"  model   {made.model_version} {made.model_digest}")
@@ -119,11 +122,11 @@ def release(
 @click.command(short_help="Check the running release and move staging or prod to it.")
 @click.argument("digest")
 @click.option("--to", "channel", type=click.Choice(["staging", "prod"]), required=True)
-@click.option("--url", help="Where this release runs. Default: this machine, the port in PORT or 8000.")
+@url_option
 @by_option
 @note_option
 @store_option
-def promote(digest: str, channel: str, url: str | None, by: str, note: str, store_url: str | None) -> None:
+def promote(digest: str, channel: str, url: str, by: str, note: str, store_url: str | None) -> None:
     """Run smoke and synthetic checks against the service at --url, record them, and move the channel.
 
     DIGEST is the release's, or the first eight or more of its hex digits. Refused: an unknown digest, prod without
@@ -135,8 +138,7 @@ def promote(digest: str, channel: str, url: str | None, by: str, note: str, stor
     with told():
         store = open_store(store_url)
         chosen = find_release(read_ledger(store), digest)
-        where = url or f"http://127.0.0.1:{os.environ.get('PORT', '8000')}"
-        evidence = move(store, chosen, channel, where, by, os.environ.get("API_KEY"), note)  # type: ignore[arg-type]
+        evidence = move(store, chosen, channel, url, by, os.environ.get("API_KEY"), note)  # type: ignore[arg-type]
     for check in evidence.checks:
         click.echo(f"  pass  {check.name:20} {check.detail}")
     click.echo(f"{channel} points to {chosen.digest} (model {chosen.model_version})")
@@ -159,6 +161,24 @@ def rollback(channel: str, by: str, note: str, store_url: str | None) -> None:
     click.echo(f"{channel} points to {back.digest} (model {back.model_version}); restart what runs there")
 
 
+@click.command(short_help="Print the variables that run what a channel points to.")
+@click.argument("channel", type=click.Choice(["candidate", "staging", "prod"]))
+@store_option
+def env(channel: str, store_url: str | None) -> None:
+    """Print image, commit, model digest and settings of the channel's release, one NAME=VALUE a line.
+
+    What differs from place to place (APP_ENV, API_KEY, addresses) is not in a release and not printed.
+    """
+    from mlops_course.release import read_ledger, variables
+
+    with told():
+        found = read_ledger(open_store(store_url)).current(channel)  # type: ignore[arg-type]
+    if found is None:
+        raise Refused(f"{channel} points to nothing yet; see `python -m ops history`")
+    for name, value in variables(found).items():
+        click.echo(f"{name}={value}")
+
+
 @click.command(short_help="Print the ledger of releases.")
 @store_option
 def history(store_url: str | None) -> None:
@@ -170,9 +190,22 @@ def history(store_url: str | None) -> None:
     for event in ledger.events:
         says = f"{event.release.digest[7:19]} model {event.release.model_version}"
         click.echo(f"{event.at[:19]}Z  {event.action:8} {event.channel:9} {says}  by {event.by}  {event.note}".rstrip())
+        if event.evidence:
+            click.echo(f"{'':22}{describe(event.evidence)}")
     for channel in ("candidate", "staging", "prod"):
         now = ledger.current(channel)
         click.echo(f"{channel:9} -> {now.digest + ' model ' + now.model_version if now else 'nothing'}")
+    if ledger.events:
+        click.echo(f"{len(ledger.events)} events, hash of the last line {ledger.head}")
+
+
+def describe(evidence: Evidence) -> str:
+    """Return one line about what was checked."""
+    if evidence.failed:
+        return f"failed at {evidence.url}: " + "; ".join(f"{one.name}: {one.detail}" for one in evidence.failed)
+    took = evidence.latency_ms
+    times = f"{took['answers']:.0f} answers, median {took['p50']} ms"
+    return f"{len(evidence.checks)} checks passed at {evidence.url}, {times}"
 
 
 @click.command(short_help="Bring a model from any address and verify it.")

@@ -1,76 +1,33 @@
-"""Smoke test of a running service: is it alive, ready, and does it answer what training answered?"""
+"""Smoke test of a running service: is it alive, ready, the expected release, and does it answer as training did?"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from ops import ROOT
 
-TIMEOUT_S = 5.0
-# How many golden cases are asked over the network; the service itself replays all of them at start.
-CASES = 5
-
 
 class Failed(click.ClickException):
     """The service did not answer as it must; the exit code is 1."""
 
 
-@click.command(short_help="Ask a running service for predictions and check the answers.")
-@click.option("--url", help="Where the service answers. Default: this machine, the port in PORT or 8000.")
-def smoke(url: str | None) -> None:
-    """Check /health, /ready and /v1/model, then send golden requests of the served version.
-
-    The answers must have the documented fields and, if the served version is an approved release, its recorded
-    probabilities. Outside dev the key is read from the environment variable API_KEY.
-    """
-    import httpx
-
-    url = url or f"http://127.0.0.1:{os.environ.get('PORT', '8000')}"
-    key = os.environ.get("API_KEY")
-    headers = {"X-API-Key": key} if key else {}
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=headers) as client:
-        try:
-            model = check_up(client)
-            count = check_answers(client, model)
-        except httpx.HTTPError as error:
-            raise Failed(f"{url} does not answer ({type(error).__name__}); start it with `make run`") from error
-    click.echo(f"ok: {url} serves {model['version']} ({model['digest'][:19]}), {count} predictions checked")
+def url_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that says which service is meant."""
+    text = "Where the service answers. Default: this machine, the port in PORT or 8000."
+    return click.option("--url", default=address, show_default=False, help=text)(command)
 
 
-def get(client: Any, path: str) -> dict[str, Any]:
-    """GET a path and return its JSON. Raises `Failed` for anything but 200."""
-    answer = client.get(path)
-    if answer.status_code != 200:
-        raise Failed(f"GET {path} answered {answer.status_code}: {answer.text[:300]}")
-    return content(answer, path)
+def address() -> str:
+    """Return where `make run` serves."""
+    return f"http://127.0.0.1:{os.environ.get('PORT', '8000')}"
 
 
-def content(answer: Any, path: str) -> dict[str, Any]:
-    """Return the JSON object of an answer. Raises `Failed` for anything else."""
-    try:
-        body = answer.json()
-    except ValueError as error:
-        raise Failed(f"{path} answered no JSON: {answer.text[:300]}") from error
-    if not isinstance(body, dict):
-        raise Failed(f"{path} answered no object: {answer.text[:300]}")
-    return body
-
-
-def check_up(client: Any) -> dict[str, Any]:
-    """Alive, ready, and able to say which model it serves."""
-    get(client, "/health")
-    get(client, "/ready")
-    model = get(client, "/v1/model")
-    if missing := {"version", "digest"} - model.keys():
-        raise Failed(f"GET /v1/model lacks {', '.join(sorted(missing))}")
-    return model
-
-
-def golden_of(version: str) -> dict[str, Any]:
+def golden_of(version: str | None) -> dict[str, Any]:
     """Golden cases of an approved release; those of the newest one, for their requests only, if not approved."""
     from mlops_course.blueprint import parse_version
 
@@ -83,23 +40,35 @@ def golden_of(version: str) -> dict[str, Any]:
     return golden | {"exact": known == version}
 
 
-def check_answers(client: Any, model: dict[str, Any]) -> int:
-    """Send golden requests. Fields, bounds and decision are always checked, the probability where it is recorded."""
-    golden = golden_of(model["version"])
-    # The answer is rounded to four decimals, which may move it by half of the last one.
-    tolerance = golden["tolerance"] + 0.5e-4
-    for case in golden["cases"][:CASES]:
-        answer = client.post("/v1/predict", json=case["request"])
-        if answer.status_code != 200:
-            raise Failed(f"POST /v1/predict answered {answer.status_code}: {answer.text[:300]}")
-        body = content(answer, "POST /v1/predict")
-        if missing := {"request_id", "prediction", "probability", "threshold", "model_version"} - body.keys():
-            raise Failed(f"the answer lacks {', '.join(sorted(missing))}")
-        number = isinstance(body["probability"], float | int)
-        if not number or not 0 <= body["probability"] <= 1 or body["model_version"] != model["version"]:
-            raise Failed(f"implausible answer: {body}")
-        if body["prediction"] != ("disrupted" if body["probability"] >= body["threshold"] else "on_time"):
-            raise Failed(f"the prediction contradicts probability and threshold: {body}")
-        if golden["exact"] and abs(body["probability"] - case["probability"]) > tolerance:
-            raise Failed(f"probability {body['probability']}, recorded {case['probability']}: another model?")
-    return CASES
+@click.command(short_help="Ask a running service for predictions and check the answers.")
+@url_option
+@click.option("--version", help="The model version that must answer.")
+@click.option("--digest", help="The model's digest that must be served, sha256:…")
+def smoke(url: str, version: str | None, digest: str | None) -> None:
+    """Check /health, /ready and /v1/model, send golden requests of the served version, and a bad one.
+
+    Each answer must have exactly the documented fields and types and, if the served version is an approved release,
+    its recorded probabilities. Outside dev the key is read from the environment variable API_KEY.
+    """
+    from mlops_course.release import ReleaseError, asking, summary
+    from mlops_course.release import smoke as check
+
+    expected = {name: value for name, value in (("version", version), ("digest", digest)) if value}
+    times: list[float] = []
+    try:
+        with asking(url, os.environ.get("API_KEY"), times) as ask:
+            served = ask("GET", "/v1/model").body
+            found = served.get("version") if isinstance(served, dict) else None
+            checks = check(ask, expected, golden_of(found))
+    except ReleaseError as error:
+        raise Failed(str(error)) from error
+    for one in checks:
+        click.echo(f"  {'pass' if one.passed else 'FAIL'}  {one.name:20} {one.detail}", err=not one.passed)
+    if not checks[-1].passed:
+        advice = "; start it with `make run`" if checks[-1].detail.startswith("no answer") else ""
+        raise Failed(f"{url}: {checks[-1].name}: {checks[-1].detail}{advice}")
+    took = summary(times)
+    click.echo(
+        f"ok: {url} serves {served['version']} ({served['digest'][:19]}), {checks[3].detail}, "
+        f"median {took['p50']:.1f} ms"
+    )
