@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course test check train lab run publish smoke export lock clean
+.PHONY: help setup course test check train lab run image up down publish smoke export lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
@@ -54,6 +54,15 @@ lab: setup ## Open the book in JupyterLab
 
 run: setup ## Serve the released model on port 8000
 	$(BIN)/python -m service
+
+image: setup ## Build the service's image from this commit and print its size (needs Docker)
+	$(BIN)/python -m ops image
+
+up: setup ## Start Envoy and the service in containers, wait until they are ready, print the URLs (needs Docker)
+	$(BIN)/python -m ops up
+
+down: setup ## Stop and remove these containers
+	$(BIN)/python -m ops down
 
 publish: setup ## Copy reports into docs/ and renew the numbers and tables in the documents
 	$(BIN)/python -m ops publish

@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlops_course.release.ImageName.url': ('release.html#imagename.url', 'mlops_course/release.py'),
                                       'mlops_course.release.Ledger': ('release.html#ledger', 'mlops_course/release.py'),
                                       'mlops_course.release.Ledger.current': ('release.html#ledger.current', 'mlops_course/release.py'),
+                                      'mlops_course.release.Ledger.head': ('release.html#ledger.head', 'mlops_course/release.py'),
                                       'mlops_course.release.Ledger.releases': ('release.html#ledger.releases', 'mlops_course/release.py'),
                                       'mlops_course.release.Ledger.stack': ('release.html#ledger.stack', 'mlops_course/release.py'),
                                       'mlops_course.release.LedgerError': ('release.html#ledgererror', 'mlops_course/release.py'),

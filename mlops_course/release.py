@@ -622,13 +622,18 @@ class Event(BaseModel):
     evidence: Evidence | None = None
     previous: str | None  # SHA-256 of the line before
 
-# %% ../chapters/04_release.ipynb #b1d33efe
+# %% ../chapters/04_release.ipynb #858bbcac
 class Ledger(NamedTuple):
     "The events, oldest first, and the mark that the file had when it was read."
 
     events: list[Event]
     mark: str | None
     data: bytes
+
+    @property
+    def head(self) -> str | None:
+        "SHA-256 of the last line."
+        return hashlib.sha256(self.data.splitlines()[-1]).hexdigest() if self.data else None
 
     def current(self, channel: Channel) -> Release | None:
         "The release that a channel points to."
@@ -679,18 +684,17 @@ def _checked_event(ledger: Ledger, number: int, line: bytes, before: str | None)
         raise LedgerError(f"{LEDGER}: line {number} moves {event.channel} from a release that was not there")
     return event
 
-# %% ../chapters/04_release.ipynb #0dcce549
+# %% ../chapters/04_release.ipynb #3de45cfd
 def append(
     store: Store,
     ledger: Ledger,  # as it was read
     **fields: Any,  # of the event, without time, order and what the channel pointed to
 ) -> Ledger:
     "Add one event, if nobody else did since the ledger was read; otherwise raise `Conflict`."
-    lines = ledger.data.splitlines()
     current = ledger.current(fields["channel"])
     fields["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
     fields["from"] = current.digest if current else None
-    fields["previous"] = hashlib.sha256(lines[-1]).hexdigest() if lines else None
+    fields["previous"] = ledger.head
     event = Event(**fields)
     text = json.dumps(event.model_dump(by_alias=True), sort_keys=True, separators=(",", ":"), allow_nan=False)
     data = ledger.data + text.encode() + b"\n"
@@ -902,10 +906,10 @@ def promote(
     follow(store, ledger)
     return evidence
 
-# %% ../chapters/04_release.ipynb #938405b0
+# %% ../chapters/04_release.ipynb #c3a9a53c
 def variables(release: Release) -> dict[str, str]:
     "What a place needs to know in order to run a release: image, build, model, and settings."
-    parts = {"IMAGE": release.image or "", "GIT_SHA": release.git_sha, "MODEL_DIGEST": release.model_digest}
+    parts = {"SERVICE_IMAGE": release.image or "", "GIT_SHA": release.git_sha, "MODEL_DIGEST": release.model_digest}
     return {**parts, "MODEL_VERSION": release.model_version, **release.settings}
 
 # %% ../chapters/04_release.ipynb #699ab907

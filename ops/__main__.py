@@ -2,7 +2,7 @@
 
 import click
 
-from ops import course, image, lock, publish, release, roundtrip, smoke, synthetic, train
+from ops import compose, course, door, image, lock, publish, release, roundtrip, scan, smoke, synthetic, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,6 +23,10 @@ cli.add_command(release.env)
 cli.add_command(release.fetch)
 cli.add_command(publish.publish)
 cli.add_command(image.image)
+cli.add_command(scan.scan)
+cli.add_command(compose.up)
+cli.add_command(compose.down)
+cli.add_command(door.door)
 cli.add_command(smoke.smoke)
 cli.add_command(synthetic.synthetic)
 cli.add_command(lock.lock)

@@ -109,10 +109,16 @@ def layers(image: str) -> list[tuple[str, int]]:
     return [(made_by, size) for made_by, size in found if size]
 
 
+def own_start(made_by: list[str]) -> str:
+    """Return the first instruction of ours in an image's history; what comes before belongs to the base image."""
+    return next(line for line in made_by if line.startswith("COPY /opt/venv"))
+
+
 def report(image: str) -> str:
     """Return a table of the image's own layers, and of the base as a whole."""
     rows = [(made_by.removesuffix("# buildkit").strip(), size) for made_by, size in layers(image)]
-    own = [(made_by, size) for made_by, size in rows if made_by.startswith("COPY ")]
+    names = [made_by for made_by, _ in rows]
+    own = rows[names.index(own_start(names)) :]
     total = sum(size for _, size in rows)
     table = [("base image", total - sum(size for _, size in own)), *own]
     said = labels(image)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ops import ROOT, artifacts_option
-from ops.smoke import url_option
+from ops.smoke import key_for, url_option
 
 if TYPE_CHECKING:
     from mlops_course.release import Evidence, Store
@@ -69,7 +68,9 @@ def head() -> str:
 
     found = revision()
     if found.endswith("-dirty"):
-        raise Refused("there are uncommitted changes, so this is no release of a commit; commit them, or give --git-sha")
+        raise Refused(
+            "there are uncommitted changes, so this is no release of a commit; commit them, or give --git-sha"
+        )
     return found
 
 
@@ -138,7 +139,7 @@ def promote(digest: str, channel: str, url: str, by: str, note: str, store_url: 
     with told():
         store = open_store(store_url)
         chosen = find_release(read_ledger(store), digest)
-        evidence = move(store, chosen, channel, url, by, os.environ.get("API_KEY"), note)  # type: ignore[arg-type]
+        evidence = move(store, chosen, channel, url, by, key_for(url), note)  # type: ignore[arg-type]
     for check in evidence.checks:
         click.echo(f"  pass  {check.name:20} {check.detail}")
     click.echo(f"{channel} points to {chosen.digest} (model {chosen.model_version})")

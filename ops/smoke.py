@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
 from ops import ROOT
+from ops.compose import KEY_FILE
 
 
 class Failed(click.ClickException):
@@ -18,13 +21,31 @@ class Failed(click.ClickException):
 
 def url_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the option that says which service is meant."""
-    text = "Where the service answers. Default: this machine, the port in PORT or 8000."
-    return click.option("--url", default=address, show_default=False, help=text)(command)
+    text = (
+        "Where the service answers. Default: this machine, the port in PORT or 8000; if nothing listens there, "
+        "Envoy's, in DOOR_PORT or 8080."
+    )
+    return click.option("--url", default=local_url, help=text)(command)
 
 
-def address() -> str:
-    """Return where `make run` serves."""
-    return f"http://127.0.0.1:{os.environ.get('PORT', '8000')}"
+def local_url() -> str:
+    """Return the address of the service on this machine: its own if something listens there, else Envoy's."""
+    own, door = int(os.environ.get("PORT", "8000")), int(os.environ.get("DOOR_PORT", "8080"))
+    open_ports = [port for port in (own, door) if listens(port)]
+    return f"http://127.0.0.1:{[*open_ports, own][0]}"
+
+
+def listens(port: int) -> bool:
+    """Whether anything accepts connections at this port of this machine."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def key_for(url: str) -> str | None:
+    """Return the key from API_KEY; for this machine, if there is none, the one of its containers."""
+    here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") and KEY_FILE.is_file()
+    return os.environ.get("API_KEY") or (KEY_FILE.read_text(encoding="ascii").strip() if here else None)
 
 
 def golden_of(version: str | None) -> dict[str, Any]:
@@ -48,7 +69,8 @@ def smoke(url: str, version: str | None, digest: str | None) -> None:
     """Check /health, /ready and /v1/model, send golden requests of the served version, and a bad one.
 
     Each answer must have exactly the documented fields and types and, if the served version is an approved release,
-    its recorded probabilities. Outside dev the key is read from the environment variable API_KEY.
+    its recorded probabilities. Outside dev the key is read from the environment variable API_KEY; for this machine
+    also from .secrets/API_KEY, which `make up` writes.
     """
     from mlops_course.release import ReleaseError, asking, summary
     from mlops_course.release import smoke as check
@@ -56,7 +78,7 @@ def smoke(url: str, version: str | None, digest: str | None) -> None:
     expected = {name: value for name, value in (("version", version), ("digest", digest)) if value}
     times: list[float] = []
     try:
-        with asking(url, os.environ.get("API_KEY"), times) as ask:
+        with asking(url, key_for(url), times) as ask:
             served = ask("GET", "/v1/model").body
             found = served.get("version") if isinstance(served, dict) else None
             checks = check(ask, expected, golden_of(found))
@@ -65,7 +87,7 @@ def smoke(url: str, version: str | None, digest: str | None) -> None:
     for one in checks:
         click.echo(f"  {'pass' if one.passed else 'FAIL'}  {one.name:20} {one.detail}", err=not one.passed)
     if not checks[-1].passed:
-        advice = "; start it with `make run`" if checks[-1].detail.startswith("no answer") else ""
+        advice = "; start it with `make run` or `make up`" if checks[-1].detail.startswith("no answer") else ""
         raise Failed(f"{url}: {checks[-1].name}: {checks[-1].detail}{advice}")
     took = summary(times)
     click.echo(

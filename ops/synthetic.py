@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import click
 
-from ops.smoke import Failed, golden_of, url_option
+from ops.smoke import Failed, golden_of, key_for, url_option
 
 
 def observe(url: str, requests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def observe(url: str, requests: list[dict[str, Any]]) -> dict[str, Any]:
 
     times: list[float] = []
     try:
-        with asking(url, os.environ.get("API_KEY"), times) as ask:
+        with asking(url, key_for(url), times) as ask:
             checks = synthetic(ask, requests)
     except ReleaseError as error:
         raise Failed(str(error)) from error
@@ -43,7 +42,7 @@ def synthetic(url: str, every: float | None) -> None:
 
     Probabilities between 0 and 1, the same answer in a batch and alone, risk that does not fall as the recent delay
     rises, and an answer without any weather. Writes one JSON line a round. One round ends with exit code 1 if a check
-    failed; with --every it goes on until it is stopped. Outside dev the key is read from API_KEY.
+    failed; with --every it goes on until it is stopped. The key is found as by `smoke`.
     """
     # As process 1 of a container Python would not hear SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -98,10 +98,11 @@ def url(service: Service) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _no_key(monkeypatch):
-    """The environment of whoever runs the tests must not decide."""
-    monkeypatch.delenv("API_KEY", raising=False)
-    monkeypatch.delenv("PORT", raising=False)
+def _no_key(monkeypatch, tmp_path):
+    """The environment and the containers of whoever runs the tests must not decide."""
+    for name in ("API_KEY", "PORT", "DOOR_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(command, "KEY_FILE", tmp_path / "API_KEY")
 
 
 def smoke(url: str) -> Result:
@@ -132,6 +133,21 @@ def test_the_port_comes_from_the_environment_like_the_services_own(service, url,
     monkeypatch.setenv("PORT", url.rpartition(":")[2])
     result = CliRunner().invoke(cli, ["smoke"])
     assert result.exit_code == 0, result.output
+
+
+def test_without_a_service_of_its_own_the_door_is_asked(service, url, monkeypatch, unused_port):
+    monkeypatch.setenv("PORT", str(unused_port()))
+    monkeypatch.setenv("DOOR_PORT", url.rpartition(":")[2])
+    result = CliRunner().invoke(cli, ["smoke"])
+    assert result.exit_code == 0, result.output
+    assert f"ok: {url} serves" in result.output
+
+
+def test_the_key_of_the_containers_is_used_on_this_machine_only(service, url, tmp_path):
+    (tmp_path / "API_KEY").write_text("key of the containers\n")
+    assert smoke(url).exit_code == 0
+    assert set(service.keys) == {"key of the containers"}
+    assert command.local_key("https://example.org") is None
 
 
 def test_the_key_is_read_from_the_environment_and_never_shown(service, url, monkeypatch):
