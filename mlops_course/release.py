@@ -581,7 +581,7 @@ def _replace_memory(store: Store, name: str, data: bytes, mark: str | None) -> N
         _compare(store, name, mark)
         store.fs.pipe_file(store.at(name), data)
 
-# %% ../chapters/04_release.ipynb #daccf883
+# %% ../chapters/04_release.ipynb #4f346ce3
 def _replace_s3(store: Store, name: str, data: bytes, mark: str | None) -> None:
     "In an object store: it compares by itself and writes in one step (a conditional PUT)."
     condition = {"IfNoneMatch": "*"} if mark is None else {"IfMatch": mark}
@@ -589,7 +589,7 @@ def _replace_s3(store: Store, name: str, data: bytes, mark: str | None) -> None:
         store.fs.pipe_file(store.at(name), data, **condition)
     except OSError as error:
         answer = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-        if answer in ("PreconditionFailed", "ConditionalRequestConflict"):
+        if answer in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
             raise Conflict(f"{name} in {store.url} was changed by somebody else") from error
         raise
 
@@ -750,7 +750,7 @@ def open_ledger(store: Store) -> tuple[Ledger, list[str]]:
     ledger = read_ledger(store)
     return ledger, follow(store, ledger)
 
-# %% ../chapters/04_release.ipynb #5fe4f330
+# %% ../chapters/04_release.ipynb #b7b70264
 def _copy(fs: Any, source: str, target: Path) -> None:
     "One file from a store. An error names it."
     try:
@@ -767,7 +767,10 @@ def _listed(fs: Any, path: str, digest: str) -> list[str]:
         raise ArtifactError(f"{path}/{MANIFEST} does not exist; check the URL") from error
     if artifact_digest(raw) != digest:
         raise ArtifactError(f"{path}/{MANIFEST} has digest {artifact_digest(raw)}, expected {digest}; nothing was kept")
-    return list(Manifest.model_validate_json(raw).files)
+    names = list(Manifest.model_validate_json(raw).files)
+    if odd := [name for name in names if Path(name).name != name]:
+        raise ArtifactError(f"{path}/{MANIFEST} lists '{odd[0]}', which is not a plain file name; nothing was kept")
+    return names
 
 # %% ../chapters/04_release.ipynb #0765fe96
 def fetch(
