@@ -25,7 +25,7 @@ def observe(url: str, requests: list[dict[str, Any]]) -> dict[str, Any]:
     except ReleaseError as error:
         raise Failed(str(error)) from error
     return {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "url": url,
         "ok": all(check.passed for check in checks),
         "failed": {check.name: check.detail for check in checks if not check.passed},
