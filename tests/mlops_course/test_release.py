@@ -486,7 +486,7 @@ def test_the_smoke_test_names_the_step_that_fails_and_stops_there(ask, golden, d
 
 
 def test_a_service_that_takes_anything_fails_the_smoke_test(ask, golden):
-    def generous(method: str, path: str, content: Any = None) -> Reply:
+    def generous(method: str, path: str, content: Any = None) -> Any:
         return ask(method, path, golden["cases"][0]["request"] if content == {} else content)
 
     failed = smoke(generous, {}, golden)[-1]
