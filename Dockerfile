@@ -86,7 +86,7 @@ USER 10001:10001
 EXPOSE 8000
 
 # Ready, not only alive: what waits for this container waits for a verified model.
-HEALTHCHECK --interval=3s --timeout=2s --start-period=30s --retries=3 CMD ["python", "-m", "service.health"]
+HEALTHCHECK --interval=3s --timeout=2s --start-period=20s --retries=3 CMD ["python", "-m", "service.health"]
 
 # A list, not a line of shell: a shell would be process 1 and keep SIGTERM to itself.
 CMD ["python", "-m", "service"]

@@ -15,6 +15,7 @@ from ops.image import exists, labels, plan
 
 KEY_FILE = ROOT / ".secrets" / "API_KEY"
 READY_S = 90  # for both containers to become healthy
+LINES = 15  # of the service's log, shown when it does not become ready
 
 
 def make_key(path: Path) -> None:
@@ -98,8 +99,10 @@ def up(image_name: str | None, place: str, dev: bool, artifacts: Path) -> None:
         url = "http://" + compose("port", "envoy", "8080", environment=told, show=False).strip()
         wait_for(url, 10)
     except DockerError as error:
-        logs = compose("logs", "--no-color", "--tail", "15", environment=told, show=False)
-        raise DockerError(f"{error.message}\n{logs}\nNot ready. `make down` removes what was started.") from error
+        logs = compose("logs", "--no-color", "--no-log-prefix", "service", environment=told, show=False).splitlines()
+        # Its answers to the health check would hide what it said about itself.
+        said = "\n".join([line for line in logs if '"event":"request"' not in line][-LINES:])
+        raise DockerError(f"{error.message}\n{said}\nNot ready. `make down` removes what was started.") from error
     click.echo(f"{name} is ready after {time.monotonic() - started:.1f} s, as {place}")
     click.echo(f"  predictions  {url}/v1/predict   header X-API-Key: the text in {key_file}")
     click.echo(f"  readiness    {url}/ready")

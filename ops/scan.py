@@ -16,7 +16,7 @@ import click
 
 from ops.compose import KEY_FILE
 from ops.docker import DockerError, docker
-from ops.image import own_start
+from ops.image import REPOSITORY, own_start, revision
 
 # Files that hold secrets, by their names.
 NAMES = re.compile(
@@ -102,9 +102,13 @@ def findings(image: str) -> list[str]:
 
 
 @click.command(short_help="Look for secrets in an image.")
-@click.argument("image")
-def scan(image: str) -> None:
-    """Search the history, the variables and every layer of IMAGE that is ours; exit code 1 if anything is found."""
+@click.argument("image", required=False)
+def scan(image: str | None) -> None:
+    """Search the history, the variables and every layer of IMAGE that is ours; exit code 1 if anything is found.
+
+    Default: the image of the commit that is checked out.
+    """
+    image = image or f"{REPOSITORY}:sha-{revision()}"
     if found := findings(image):
         raise DockerError("\n".join([f"{image} must not be published:", *found]))
     click.echo(f"{image}: no secret found")

@@ -1,0 +1,91 @@
+"""The page about containers: its commands are run, in order, from a clean clone, and it explains every setting."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ops.docker import missing
+
+from .test_golden_path import MARK, clean_environment, matches, steps
+
+
+@pytest.fixture
+def clone(root: Path, artifacts_root: Path, tmp_path: Path) -> Generator[Path]:
+    """Every file that git knows or would add, committed once, with the environment and the models."""
+    if why := missing():
+        pytest.skip(f"needs Docker: {why}")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    folder = tmp_path / "project"
+    for name in filter(None, listed.stdout.split("\0")):
+        if (root / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, folder / name)
+    for line in ("init -q", "config user.email a@example.org", "config user.name a", "add -A", "commit -q -m one"):
+        subprocess.run(["git", *line.split()], cwd=folder, check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+    (folder / ".venv").symlink_to(root / ".venv")
+    (folder / ".git" / "info" / "exclude").write_text(".venv\n")  # a link, while .gitignore names a folder
+    shutil.copytree(artifacts_root, folder / "artifacts")
+    yield folder
+    image = f"flight-disruption:sha-{commit.stdout.strip()}"
+    subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)
+
+
+def test_every_command_prints_what_the_page_says(root: Path, clone: Path, unused_port: Callable[[], int]) -> None:
+    page = steps((root / "docs" / "compose.md").read_text())
+    assert [command for command, _ in page if command.startswith("make ")] == [
+        *("make image", "make up", "make smoke"),
+        "make down",
+    ]
+    port, project = unused_port(), f"flights-page-{os.getpid()}"
+    environment = clean_environment() | {
+        "COMPOSE_PROJECT_NAME": project,
+        "DOOR_PORT": str(port),
+        "PORT": str(unused_port()),
+        "PYTHONPATH": str(clone),
+    }
+    lines = [f"{command}\nprintf '{MARK}'".replace(":8080", f":{port}") for command, _ in page]
+    try:
+        done = subprocess.run(
+            ["bash", "-c", "\n".join(lines)],
+            cwd=clone,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+    finally:
+        subprocess.run(["docker", "compose", "down"], cwd=clone, env=environment, capture_output=True, check=False)
+    outputs = done.stdout.split(MARK)
+    assert len(outputs) == len(page) + 1, done.stderr
+    for (command, expected), printed in zip(page, outputs, strict=False):
+        told = printed.replace(f":{port}", ":8080")
+        assert matches(expected, told), f"$ {command}\n{told}\n{done.stderr[-3000:]}"
+
+
+def test_every_setting_is_explained(root: Path) -> None:
+    text = (root / "docs" / "compose.md").read_text()
+    services = yaml.safe_load((root / "docker-compose.yml").read_text())["services"]
+    settings = {name for service in services.values() for name in service} - {"image"}
+    assert sorted(name for name in settings if f"`{name}`" not in text) == []
+    config = (root / "ops" / "envoy" / "envoy.yaml").read_text() + (root / "ops" / "envoy" / "routes.yaml").read_text()
+    words = {line.split(":")[0].strip(" -{") for line in config.splitlines() if ":" in line and "#" not in line}
+    limits = {word for word in words if re.match(r"max_|.*_timeout$|.*_with_.*_action$", word)}
+    assert len(limits) > 8
+    assert sorted(name for name in limits if f"`{name}`" not in text) == []

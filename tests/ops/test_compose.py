@@ -1,0 +1,389 @@
+"""The stack as `make up` starts it: built images, a door, limits. It is used, broken, healed and removed.
+
+Everything runs under a project name and at ports of its own, so that a stack somebody uses is not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from mlops_course.serving import EXAMPLE, PROBLEM_TYPE, Settings
+from ops.compose import make_key
+
+HEAL_S = 60
+
+
+@dataclass
+class Stack:
+    """One running Compose project."""
+
+    project: str
+    image: str
+    environment: dict[str, str]
+    artifacts: Path
+    printed: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.environment['DOOR_PORT']}"
+
+    def ops(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run one of our commands on this project."""
+        line = [sys.executable, "-m", "ops", *arguments]
+        return subprocess.run(line, env=self.environment, capture_output=True, text=True, check=False, timeout=300)
+
+    def docker(self, *arguments: str) -> str:
+        """Run docker and return what it printed."""
+        line = ["docker", *arguments]
+        return subprocess.run(
+            line, env=self.environment, capture_output=True, text=True, check=True, timeout=120
+        ).stdout
+
+    def container(self, name: str) -> dict[str, Any]:
+        """Return what the engine knows about one container."""
+        found: dict[str, Any] = json.loads(self.docker("inspect", f"{self.project}-{name}-1"))[0]
+        return found
+
+    def python(self, name: str, code: str) -> subprocess.CompletedProcess[str]:
+        """Run Python inside a container."""
+        line = ["docker", "exec", f"{self.project}-{name}-1", "python", "-c", code]
+        return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+
+    def predict(self, client: httpx.Client | None = None) -> httpx.Response:
+        """Ask for one prediction, through the door."""
+        post = client.post if client else httpx.post
+        return post(self.url + "/v1/predict", json=EXAMPLE, headers=self.headers, timeout=20)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return the service's log."""
+        lines = self.docker("logs", f"{self.project}-service-1").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def left_over(project: str) -> list[str]:
+    """Return what the engine still has of a project."""
+    own = ["--filter", f"label=com.docker.compose.project={project}", "--quiet"]
+    found = []
+    for kind in (["ps", "--all"], ["network", "ls"], ["volume", "ls"]):
+        done = subprocess.run(["docker", *kind, *own], capture_output=True, text=True, check=True)
+        found += done.stdout.split()
+    return found
+
+
+@pytest.fixture(scope="module")
+def make_stack(
+    built_image: str, artifacts_root: Path, tmp_path_factory: pytest.TempPathFactory, unused_port: Callable[[], int]
+) -> Generator[Callable[..., Stack]]:
+    """Prepare stacks; `stack.ops('up')` starts one. All are removed in the end, whatever happened."""
+    made: list[Stack] = []
+
+    def make(name: str) -> Stack:
+        keep = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "DOCKER_HOST", "TMPDIR")}
+        own = {
+            "COMPOSE_PROJECT_NAME": f"flights-{name}-{os.getpid()}",
+            "DOOR_PORT": str(unused_port()),
+            "PORT": str(unused_port()),
+            "API_KEY_FILE": str(tmp_path_factory.mktemp(name) / "secrets" / "API_KEY"),
+        }
+        made.append(Stack(own["COMPOSE_PROJECT_NAME"], built_image, keep | own, artifacts_root))
+        return made[-1]
+
+    yield make
+    for stack in made:
+        stack.ops("down")
+
+
+@pytest.fixture(scope="module")
+def stack(make_stack: Callable[..., Stack]) -> Stack:
+    """Return a running stack, as `make up` starts it."""
+    made = make_stack("prod")
+    done = made.ops("up", "--image", made.image, "--artifacts", str(made.artifacts))
+    assert done.returncode == 0, done.stdout + done.stderr
+    made.printed = done.stdout
+    made.headers = {"X-API-Key": Path(made.environment["API_KEY_FILE"]).read_text().strip()}
+    return made
+
+
+def wait_until_healed(stack: Stack) -> None:
+    """Wait until predictions are answered again."""
+    end = time.monotonic() + HEAL_S
+    while time.monotonic() < end:
+        if stack.predict().status_code == 200:
+            return
+        time.sleep(0.2)
+    raise AssertionError(stack.docker("logs", "--tail", "20", f"{stack.project}-service-1"))
+
+
+def test_up_prints_the_urls_and_never_the_key(stack: Stack) -> None:
+    assert f"{stack.url}/v1/predict" in stack.printed
+    assert "as prod" in stack.printed
+    assert stack.headers["X-API-Key"] not in stack.printed
+
+
+def test_both_containers_are_healthy(stack: Stack) -> None:
+    assert [stack.container(name)["State"]["Health"]["Status"] for name in ("service", "envoy")] == ["healthy"] * 2
+
+
+def test_the_smoke_test_finds_the_door(stack: Stack) -> None:
+    """As `make smoke` after `make up`: nothing listens at PORT, so Envoy is asked."""
+    environment = stack.environment | {"API_KEY": stack.headers["X-API-Key"]}
+    line = [sys.executable, "-m", "ops", "smoke"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"ok: {stack.url} serves ")
+
+
+def test_the_key_is_needed(stack: Stack) -> None:
+    answer = httpx.post(stack.url + "/v1/predict", json=EXAMPLE)
+    assert (answer.status_code, answer.json()["type"]) == (401, PROBLEM_TYPE + "unauthorised")
+    assert stack.predict().status_code == 200
+
+
+def test_only_the_door_is_published_and_only_here(stack: Stack) -> None:
+    assert not any(stack.container("service")["NetworkSettings"]["Ports"].values())
+    published = stack.container("envoy")["NetworkSettings"]["Ports"]
+    assert [(port, [one["HostIp"] for one in places]) for port, places in published.items() if places] == [
+        ("8080/tcp", ["127.0.0.1"])
+    ]
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/docs", "/openapi.json"])
+def test_what_is_for_operators_does_not_pass(stack: Stack, path: str) -> None:
+    assert httpx.get(stack.url + path).json()["type"] == PROBLEM_TYPE + "not-found"
+
+
+def test_envoys_administration_is_for_its_own_container_only(stack: Stack) -> None:
+    done = stack.python("service", "import socket; socket.create_connection(('envoy', 9901), timeout=3)")
+    assert "ConnectionRefusedError" in done.stderr
+    assert (
+        stack.python("service", "import socket; socket.create_connection(('envoy', 8080), timeout=3)").returncode == 0
+    )
+
+
+def test_the_service_has_no_way_out(stack: Stack) -> None:
+    """Its only network is internal: the engine forwards nothing from there to other networks."""
+    networks = list(stack.container("service")["NetworkSettings"]["Networks"])
+    assert networks == [f"{stack.project}_back"]
+    assert stack.docker("network", "inspect", "--format", "{{.Internal}}", *networks).strip() == "true"
+
+
+@pytest.mark.parametrize("name", ["service", "envoy"])
+def test_containers_are_hardened_and_limited(stack: Stack, name: str) -> None:
+    found = stack.container(name)
+    host = found["HostConfig"]
+    assert host["ReadonlyRootfs"]
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert not host["Privileged"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert (host["NanoCpus"], host["Memory"], host["PidsLimit"]) == (10**9, 256 * 1024 * 1024, 64)
+    assert host["RestartPolicy"]["Name"] == "unless-stopped"
+    assert host["LogConfig"]["Config"]["max-size"] == "10m"
+    assert int(found["Config"]["User"].split(":")[0]) > 0
+
+
+def test_the_key_is_a_file_and_no_variable(stack: Stack) -> None:
+    values = stack.container("service")["Config"]["Env"]
+    assert not any(stack.headers["X-API-Key"] in value for value in values)
+    shown = stack.python(
+        "service", "import os; print(len(open('/run/secrets/API_KEY').read().strip()), 'API_KEY' in os.environ)"
+    )
+    assert shown.stdout.split() == [str(len(stack.headers["X-API-Key"])), "False"]
+    key_file = Path(stack.environment["API_KEY_FILE"])
+    assert stat.S_IMODE(key_file.parent.stat().st_mode) == 0o700
+
+
+def test_the_model_must_have_the_registrys_digest(stack: Stack) -> None:
+    model = httpx.get(stack.url + "/v1/model", headers=stack.headers).json()
+    given = [value for value in stack.container("service")["Config"]["Env"] if value.startswith("MODEL_DIGEST=")]
+    assert given == [f"MODEL_DIGEST={model['digest']}"]
+
+
+def test_every_line_of_the_log_names_the_commit(stack: Stack) -> None:
+    revision = stack.docker(
+        "image", "inspect", "--format", '{{index .Config.Labels "org.opencontainers.image.revision"}}', stack.image
+    ).strip()
+    assert {line["git_sha"] for line in stack.log()} == {revision}
+
+
+def test_a_killed_service_is_replaced_and_the_door_says_so_meanwhile(stack: Stack) -> None:
+    """SIGKILL from outside the container, as the kernel does when memory is short; inside, process 1 is immune."""
+    before = stack.container("service")
+    kill = ["python", "-c", f"import os; os.kill({before['State']['Pid']}, 9)"]
+    stack.docker("run", "--rm", "--pid", "host", "--user", "0", "--cap-add", "KILL", stack.image, *kill)
+    seen = []
+    end = time.monotonic() + HEAL_S
+    while time.monotonic() < end:
+        answer = stack.predict()
+        seen.append(answer.status_code)
+        if answer.status_code == 200 and stack.container("service")["RestartCount"] > before["RestartCount"]:
+            break
+        if answer.status_code != 200:
+            assert answer.json()["type"] in (PROBLEM_TYPE + "unavailable", PROBLEM_TYPE + "not-ready")
+        time.sleep(0.02)
+    after = stack.container("service")
+    assert set(seen) == {200, 503}
+    assert seen[-1] == 200
+    assert after["RestartCount"] == before["RestartCount"] + 1
+    assert after["State"]["StartedAt"] != before["State"]["StartedAt"]
+
+
+def test_a_stop_under_load_loses_nothing(stack: Stack) -> None:
+    """Each request is answered: by the service, or by the door once the service is gone. None is cut off."""
+    wait_until_healed(stack)
+    counted = len(answered(stack))
+    outcomes: list[int] = []
+    broken: list[str] = []
+    done = threading.Event()
+
+    def client() -> None:
+        with httpx.Client() as session:
+            while not done.is_set():
+                try:
+                    outcomes.append(stack.predict(session).status_code)
+                except httpx.TransportError as error:
+                    broken.append(repr(error))
+
+    clients = [threading.Thread(target=client) for _ in range(4)]
+    for one in clients:
+        one.start()
+    time.sleep(1)
+    stack.docker("compose", "stop", "service")
+    time.sleep(0.5)
+    done.set()
+    for one in clients:
+        one.join(30)
+    assert broken == []
+    assert set(outcomes) == {200, 503}
+    assert len(answered(stack)) - counted == outcomes.count(200)
+    assert stack.container("service")["State"]["ExitCode"] == 0
+    stack.docker("compose", "start", "service")
+    wait_until_healed(stack)
+
+
+def answered(stack: Stack) -> list[dict[str, Any]]:
+    """Return the log lines of predictions that were answered."""
+    return [line for line in stack.log() if line.get("route") == "/v1/predict" and line["status"] == 200]
+
+
+def test_a_service_that_cannot_start_is_reported_with_its_own_words(make_stack: Callable[..., Stack]) -> None:
+    broken = make_stack("broken")
+    broken.environment["MODEL_DIGEST"] = "sha256:short"
+    done = broken.ops("up", "--image", broken.image, "--artifacts", str(broken.artifacts))
+    assert done.returncode == 1
+    assert "MODEL_DIGEST: should match pattern" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert broken.ops("down").returncode == 0
+    assert left_over(broken.project) == []
+
+
+def test_in_development_a_change_is_served_without_a_build(make_stack: Callable[..., Stack], root: Path) -> None:
+    dev = make_stack("dev")
+    done = dev.ops("up", "--dev", "--env", "dev", "--image", dev.image, "--artifacts", str(dev.artifacts))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert httpx.get(f"http://127.0.0.1:{dev.environment['PORT']}/docs").status_code == 200
+
+    def loaded() -> int:
+        return sum(line["event"] == "model_loaded" for line in dev.log())
+
+    before = loaded()
+    (root / "service" / "app.py").touch()  # the content stays as it is
+    end = time.monotonic() + HEAL_S
+    while loaded() == before and time.monotonic() < end:
+        time.sleep(0.2)
+    assert loaded() == before + 1
+    assert dev.ops("down").returncode == 0
+    assert left_over(dev.project) == []
+
+
+def test_down_leaves_nothing_behind(stack: Stack) -> None:
+    """The last test of the stack."""
+    assert left_over(stack.project) != []
+    done = stack.ops("down")
+    assert done.returncode == 0, done.stderr
+    assert left_over(stack.project) == []
+
+
+def test_a_missing_image_is_told_with_the_fix(engine: None, make_stack: Callable[..., Stack]) -> None:
+    none = make_stack("none")
+    done = none.ops("up", "--image", "flight-disruption:absent")
+    assert done.returncode == 1
+    assert "there is no image flight-disruption:absent; build it with `make image`" in done.stderr
+
+
+def test_a_key_is_made_once_and_is_random(tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "API_KEY", tmp_path / "b" / "API_KEY"
+    make_key(first)
+    make_key(second)
+    key = first.read_text()
+    make_key(first)
+    assert first.read_text() == key != second.read_text()
+    assert len(key.strip()) >= 40
+    assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700
+
+
+def test_git_and_the_build_never_take_the_key_in(root: Path) -> None:
+    for name in (".secrets/API_KEY", ".env"):
+        assert subprocess.run(["git", "check-ignore", "--quiet", name], cwd=root, check=False).returncode == 0
+
+
+def compose_files(root: Path) -> list[Path]:
+    return [root / "docker-compose.yml", root / "docker-compose.dev.yml"]
+
+
+def test_the_example_names_every_variable_and_no_other(root: Path) -> None:
+    text = (root / ".env.example").read_text()
+    listed = re.findall(r"^#([A-Z_]+)=", text, re.MULTILINE)
+    used = {name for path in compose_files(root) for name in re.findall(r"\$\{([A-Z_]+)", path.read_text())}
+    settings = {name.upper() for name in Settings.model_fields}
+    assert sorted(listed) == sorted(used | settings)
+
+
+def test_the_examples_defaults_are_the_real_ones(root: Path) -> None:
+    given = dict(re.findall(r"^#([A-Z_]+)=(.*)$", (root / ".env.example").read_text(), re.MULTILINE))
+    fields = {name.upper(): value.default for name, value in Settings.model_fields.items()}
+    own = {
+        name: "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+        for name, default in fields.items()
+    }
+    text = "".join(path.read_text() for path in compose_files(root))
+    compose = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", text))
+    expected = {**own, **compose, "SERVICE_IMAGE": "flight-disruption:sha-...", "MODEL_DIGEST": "sha256:..."}
+    assert given == expected
+
+
+@pytest.mark.parametrize("place", ["dev", "staging", "prod"])
+def test_the_committed_configuration_is_valid_and_holds_no_secret(root: Path, place: str) -> None:
+    lines = (root / "ops" / "config" / f"{place}.env").read_text().splitlines()
+    values = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    assert values["APP_ENV"] == place
+    assert not values.keys() & {"API_KEY", "MODEL_DIGEST"}
+    chosen = Settings.model_validate(
+        {name.lower(): value for name, value in values.items()} | {"app_env": "dev"}, strict=False
+    )
+    grace = yaml.safe_load((root / "docker-compose.yml").read_text())["services"]["service"]["stop_grace_period"]
+    assert chosen.drain_s + chosen.stop_s < int(grace.removesuffix("s"))
+
+
+def test_staging_and_production_differ_in_their_name_only(root: Path) -> None:
+    def values(place: str) -> list[str]:
+        lines = (root / "ops" / "config" / f"{place}.env").read_text().splitlines()
+        return [line for line in lines if not line.startswith(("#", "APP_ENV"))]
+
+    assert values("staging") == values("prod")
