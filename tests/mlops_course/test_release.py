@@ -585,6 +585,7 @@ def test_from_candidate_to_prod_and_back(shelf, plain, strict, running_service: 
         promote(store, plain, "prod", "http://127.0.0.1:1", "ann")
     with running_service(**place(plain, shelf)) as url:
         assert promote(store, plain, "staging", url, "ann").failed == []
+        assert read_registry(shelf).channels["staging"] == VERSION
         promote(store, plain, "prod", url, "ann")
         # The other release is not what runs there.
         with pytest.raises(ReleaseError, match="not promoted to staging: release: config is "):
