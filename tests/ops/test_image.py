@@ -204,6 +204,18 @@ def test_it_runs_as_nobody_and_cannot_write(built_image: str) -> None:
     assert "Error" in done.stderr
 
 
+def test_the_model_runtime_keeps_no_record_of_its_use(built_image: str) -> None:
+    """ONNX Runtime writes one below the home folder, to send it away. Here it has a place to write, and does not."""
+    code = (
+        "from pathlib import Path; from mlops_course.serving import load_model; load_model(Path('model'), None); "
+        "print([path.name for path in Path('/tmp').rglob('*')])"
+    )
+    options = ["--tmpfs", "/tmp:mode=1777", "--env", "HOME=/tmp"]  # noqa: S108 - inside the container
+    assert run(built_image, "python", "-c", code, options=options).stdout.strip() == "[]"
+    on = run(built_image, "python", "-c", code, options=[*options, "--env", "ORT_DISABLE_TELEMETRY="])
+    assert "onnxruntime.db" in on.stdout
+
+
 def test_without_a_service_the_health_check_fails(built_image: str) -> None:
     assert run(built_image, "python", "-m", "service.health").returncode == 1
 

