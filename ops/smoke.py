@@ -72,7 +72,7 @@ def smoke(url: str, version: str | None, digest: str | None) -> None:
     its recorded probabilities. Outside dev the key is read from the environment variable API_KEY; for this machine
     also from .secrets/API_KEY, which `make up` writes.
     """
-    from mlops_course.release import ReleaseError, asking, summary
+    from mlops_course.release import SMOKE_CASES, ReleaseError, asking, summary
     from mlops_course.release import smoke as check
 
     expected = {name: value for name, value in (("version", version), ("digest", digest)) if value}
@@ -90,7 +90,5 @@ def smoke(url: str, version: str | None, digest: str | None) -> None:
         advice = "; start it with `make run` or `make up`" if checks[-1].detail.startswith("no answer") else ""
         raise Failed(f"{url}: {checks[-1].name}: {checks[-1].detail}{advice}")
     took = summary(times)
-    click.echo(
-        f"ok: {url} serves {served['version']} ({served['digest'][:19]}), {checks[3].detail}, "
-        f"median {took['p50']:.1f} ms"
-    )
+    click.echo(f"  {took['answers']} answers, median {took['p50']:.1f} ms, slowest {took['max']:.1f} ms")
+    click.echo(f"ok: {url} serves {served['version']} ({served['digest'][:19]}), {SMOKE_CASES} predictions checked")
