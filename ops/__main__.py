@@ -2,20 +2,25 @@
 
 import click
 
-from ops import bench, compose, course, door, image, lock, publish, roundtrip, scan, smoke, train
+from ops import bench, compose, course, door, image, lock, publish, release, roundtrip, scan, smoke, synthetic, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
-    """Run the course, train and approve releases, check what runs."""
+    """Run the course, train and approve models, release, check what runs."""
 
 
 cli.add_command(course.course)
 cli.add_command(train.train)
 cli.add_command(train.approve)
 cli.add_command(train.discard)
-cli.add_command(train.point)
 cli.add_command(train.ledger)
+cli.add_command(release.release)
+cli.add_command(release.promote)
+cli.add_command(release.rollback)
+cli.add_command(release.history)
+cli.add_command(release.env)
+cli.add_command(release.fetch)
 cli.add_command(publish.publish)
 cli.add_command(image.image)
 cli.add_command(scan.scan)
@@ -23,6 +28,7 @@ cli.add_command(compose.up)
 cli.add_command(compose.down)
 cli.add_command(door.door)
 cli.add_command(smoke.smoke)
+cli.add_command(synthetic.synthetic)
 cli.add_command(bench.bench)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)

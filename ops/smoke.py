@@ -1,10 +1,11 @@
-"""Smoke test of a running service: is it alive, ready, and does it answer what training answered?"""
+"""Smoke test of a running service: is it alive, ready, the expected release, and does it answer as training did?"""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,42 +14,18 @@ import click
 from ops import ROOT
 from ops.compose import KEY_FILE
 
-TIMEOUT_S = 5.0
-# How many golden cases are asked over the network; the service itself replays all of them at start.
-CASES = 5
-
 
 class Failed(click.ClickException):
     """The service did not answer as it must; the exit code is 1."""
 
 
-@click.command(short_help="Ask a running service for predictions and check the answers.")
-@click.option(
-    "--url",
-    help="Where the service answers. Default: this machine, the port in PORT or 8000; if nothing listens there, "
-    "Envoy's, in DOOR_PORT or 8080.",
-)
-def smoke(url: str | None) -> None:
-    """Check /health, /ready and /v1/model, then send golden requests of the served version.
-
-    The answers must have the documented fields and, if the served version is an approved release, its recorded
-    probabilities. Outside dev the key is read from the environment variable API_KEY; for this machine also from
-    .secrets/API_KEY, which `make up` writes.
-    """
-    import httpx
-
-    url = url or local_url()
-    key = os.environ.get("API_KEY") or local_key(url)
-    headers = {"X-API-Key": key} if key else {}
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=headers) as client:
-        try:
-            model = check_up(client)
-            count = check_answers(client, model)
-        except httpx.HTTPError as error:
-            raise Failed(
-                f"{url} does not answer ({type(error).__name__}); start it with `make run` or `make up`"
-            ) from error
-    click.echo(f"ok: {url} serves {model['version']} ({model['digest'][:19]}), {count} predictions checked")
+def url_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that says which service is meant."""
+    text = (
+        "Where the service answers. Default: this machine, the port in PORT or 8000; if nothing listens there, "
+        "Envoy's, in DOOR_PORT or 8080."
+    )
+    return click.option("--url", default=local_url, help=text)(command)
 
 
 def local_url() -> str:
@@ -65,43 +42,13 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def local_key(url: str) -> str | None:
-    """Return the key of the containers on this machine, if this is this machine and there is one."""
-    if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1") or not KEY_FILE.is_file():
-        return None
-    return KEY_FILE.read_text(encoding="ascii").strip()
+def key_for(url: str) -> str | None:
+    """Return the key from API_KEY; for this machine, if there is none, the one of its containers."""
+    here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") and KEY_FILE.is_file()
+    return os.environ.get("API_KEY") or (KEY_FILE.read_text(encoding="ascii").strip() if here else None)
 
 
-def get(client: Any, path: str) -> dict[str, Any]:
-    """GET a path and return its JSON. Raises `Failed` for anything but 200."""
-    answer = client.get(path)
-    if answer.status_code != 200:
-        raise Failed(f"GET {path} answered {answer.status_code}: {answer.text[:300]}")
-    return content(answer, path)
-
-
-def content(answer: Any, path: str) -> dict[str, Any]:
-    """Return the JSON object of an answer. Raises `Failed` for anything else."""
-    try:
-        body = answer.json()
-    except ValueError as error:
-        raise Failed(f"{path} answered no JSON: {answer.text[:300]}") from error
-    if not isinstance(body, dict):
-        raise Failed(f"{path} answered no object: {answer.text[:300]}")
-    return body
-
-
-def check_up(client: Any) -> dict[str, Any]:
-    """Alive, ready, and able to say which model it serves."""
-    get(client, "/health")
-    get(client, "/ready")
-    model = get(client, "/v1/model")
-    if missing := {"version", "digest"} - model.keys():
-        raise Failed(f"GET /v1/model lacks {', '.join(sorted(missing))}")
-    return model
-
-
-def golden_of(version: str) -> dict[str, Any]:
+def golden_of(version: str | None) -> dict[str, Any]:
     """Golden cases of an approved release; those of the newest one, for their requests only, if not approved."""
     from mlops_course.blueprint import parse_version
 
@@ -114,23 +61,34 @@ def golden_of(version: str) -> dict[str, Any]:
     return golden | {"exact": known == version}
 
 
-def check_answers(client: Any, model: dict[str, Any]) -> int:
-    """Send golden requests. Fields, bounds and decision are always checked, the probability where it is recorded."""
-    golden = golden_of(model["version"])
-    # The answer is rounded to four decimals, which may move it by half of the last one.
-    tolerance = golden["tolerance"] + 0.5e-4
-    for case in golden["cases"][:CASES]:
-        answer = client.post("/v1/predict", json=case["request"])
-        if answer.status_code != 200:
-            raise Failed(f"POST /v1/predict answered {answer.status_code}: {answer.text[:300]}")
-        body = content(answer, "POST /v1/predict")
-        if missing := {"request_id", "prediction", "probability", "threshold", "model_version"} - body.keys():
-            raise Failed(f"the answer lacks {', '.join(sorted(missing))}")
-        number = isinstance(body["probability"], float | int)
-        if not number or not 0 <= body["probability"] <= 1 or body["model_version"] != model["version"]:
-            raise Failed(f"implausible answer: {body}")
-        if body["prediction"] != ("disrupted" if body["probability"] >= body["threshold"] else "on_time"):
-            raise Failed(f"the prediction contradicts probability and threshold: {body}")
-        if golden["exact"] and abs(body["probability"] - case["probability"]) > tolerance:
-            raise Failed(f"probability {body['probability']}, recorded {case['probability']}: another model?")
-    return CASES
+@click.command(short_help="Ask a running service for predictions and check the answers.")
+@url_option
+@click.option("--version", help="The model version that must answer.")
+@click.option("--digest", help="The model's digest that must be served, sha256:…")
+def smoke(url: str, version: str | None, digest: str | None) -> None:
+    """Check /health, /ready and /v1/model, send golden requests of the served version, and a bad one.
+
+    Each answer must have exactly the documented fields and types and, if the served version is an approved release,
+    its recorded probabilities. Outside dev the key is read from the environment variable API_KEY; for this machine
+    also from .secrets/API_KEY, which `make up` writes.
+    """
+    from mlops_course.release import SMOKE_CASES, ReleaseError, asking, summary
+    from mlops_course.release import smoke as check
+
+    expected = {name: value for name, value in (("version", version), ("digest", digest)) if value}
+    times: list[float] = []
+    try:
+        with asking(url, key_for(url), times) as ask:
+            served = ask("GET", "/v1/model").body
+            found = served.get("version") if isinstance(served, dict) else None
+            checks = check(ask, expected, golden_of(found))
+    except ReleaseError as error:
+        raise Failed(str(error)) from error
+    for one in checks:
+        click.echo(f"  {'pass' if one.passed else 'FAIL'}  {one.name:20} {one.detail}", err=not one.passed)
+    if not checks[-1].passed:
+        advice = "; start it with `make run` or `make up`" if checks[-1].detail.startswith("no answer") else ""
+        raise Failed(f"{url}: {checks[-1].name}: {checks[-1].detail}{advice}")
+    took = summary(times)
+    click.echo(f"  {took['answers']} answers, median {took['p50']:.1f} ms, slowest {took['max']:.1f} ms")
+    click.echo(f"ok: {url} serves {served['version']} ({served['digest'][:19]}), {SMOKE_CASES} predictions checked")

@@ -160,26 +160,6 @@ def discard(version: str, artifacts: Path) -> None:
     click.echo(f"discarded {version}")
 
 
-@click.command(short_help="Let a channel, such as prod, point to a registered version.")
-@click.argument("channel")
-@click.argument("version")
-@artifacts_option
-def point(channel: str, version: str, artifacts: Path) -> None:
-    """Verify the version and move the channel to it. A service reads the channel when it starts.
-
-    This is a release when the version is new, and a rollback when it is the one before.
-    """
-    from mlops_course.blueprint import MODEL_NAME, ArtifactError, VersionError, point_channel, read_registry
-
-    shelf = artifacts.resolve() / MODEL_NAME
-    before = read_registry(shelf).channels.get(channel, "nothing")
-    try:
-        point_channel(shelf, channel, version)
-    except (ArtifactError, VersionError) as error:
-        raise Refused(str(error)) from error
-    click.echo(f"channel {channel} points to {version} (before: {before})")
-
-
 @click.command(short_help="Write chapters/data/split_ledger.json again.")
 def ledger() -> None:
     """Write the committed split ledger from the data. Only needed after the data or the splits changed on purpose."""

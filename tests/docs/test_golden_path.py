@@ -67,7 +67,14 @@ def copy_of_project(root: Path, course_build: Path, artifacts_root: Path, tmp_pa
             shutil.copy2(root / name, folder / name)
     (folder / ".venv").symlink_to(root / ".venv")
     (folder / "build").mkdir()
-    shutil.copytree(artifacts_root, folder / "artifacts")
+    # What was released here is no part of a clean checkout.
+    shutil.copytree(artifacts_root, folder / "artifacts", ignore=shutil.ignore_patterns("ledger.jsonl", ".lock"))
+    # A release is of a commit, so the copy has to be one. The link to the environment is no part of it.
+    git = ["git", "-C", str(folder), "-c", "user.name=reader", "-c", "user.email=reader@example.com"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    (folder / ".git" / "info" / "exclude").write_text(".venv\n")
+    subprocess.run([*git, "add", "--all"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--no-verify", "--message", "copy"], check=True)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,26 @@ from ops.__main__ import cli
 
 DIGEST = "sha256:" + "a" * 64
 THRESHOLD = 0.34
+MODEL = {
+    "name": "flight-disruption",
+    "digest": DIGEST,
+    "threshold": THRESHOLD,
+    "git_sha": "a" * 40,
+    "trained_at": "2026-11-22T14:41:37+00:00",
+    "label": "late",
+    "inputs": ["carrier"],
+    "service_version": "0.0.1",
+    "service_git_sha": "b" * 40,
+    "config": "0123456789ab",
+}
+PROBLEM = {
+    "type": "urn:flight-disruption:problem:invalid-input",
+    "title": "The request is not valid",
+    "status": 422,
+    "detail": "Fields are missing.",
+    "request_id": "00000000-0000-4000-8000-000000000000",
+    "errors": [],
+}
 
 
 class Service:
@@ -33,7 +54,10 @@ class Service:
         self.keys: list[str | None] = []
 
     def predict(self, body: bytes) -> dict[str, Any]:
-        probability = round(self.known[json.dumps(json.loads(body), sort_keys=True)], 4)
+        request = json.dumps(json.loads(body), sort_keys=True)
+        if request not in self.known:
+            return {**PROBLEM}
+        probability = round(self.known[request], 4)
         answer = {
             "request_id": "00000000-0000-4000-8000-000000000000",
             "prediction": "disrupted" if probability >= THRESHOLD else "on_time",
@@ -47,14 +71,17 @@ class Service:
     def answer(self, path: str, body: bytes) -> tuple[int, bytes]:
         if path in self.raw:
             return self.status.get(path, 200), self.raw[path]
-        content: dict[str, Any] = {"status": "ok"}
+        content: dict[str, Any] = {"status": "alive"}
         if path == "/ready":
-            return self.ready, json.dumps({"title": "the model is not loaded"}).encode()
+            ready = {"status": "ready"} if self.ready == 200 else {"detail": "the model is not loaded"}
+            return self.ready, json.dumps(ready).encode()
         if path == "/v1/model":
-            content = {"version": self.version, "digest": DIGEST, "threshold": THRESHOLD}
+            content = {**MODEL, "version": self.version}
         if path == "/v1/predict":
             content = self.predict(body)
-        return self.status.get(path, 200), json.dumps(content).encode()
+        return self.status.get(path, content.get("status", 200) if path == "/v1/predict" else 200), json.dumps(
+            content
+        ).encode()
 
 
 def handler_for(service: Service) -> type[BaseHTTPRequestHandler]:
@@ -67,7 +94,8 @@ def handler_for(service: Service) -> type[BaseHTTPRequestHandler]:
             service.keys.append(self.headers.get("X-API-Key"))
             status, content = service.answer(self.path, body)
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            kind = "application/json" if status == 200 else "application/problem+json"
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -114,17 +142,20 @@ def assert_refused(result: Result, text: str) -> None:
     """Exit code 1 and a message; never a traceback."""
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 1
-    assert result.output.startswith("Error: ")
-    assert text in result.output
+    assert "Error: " in result.output
+    assert text in result.output.partition("Error: ")[2]
 
 
 def test_a_good_service_passes_and_is_asked_everything(service, url):
     result = smoke(url)
-    assert (result.exit_code, result.output) == (
-        0,
-        f"ok: {url} serves 1.0.0 ({DIGEST[:19]}), {command.CASES} predictions checked\n",
-    )
-    expected = ["GET /health", "GET /ready", "GET /v1/model", *["POST /v1/predict"] * command.CASES]
+    assert result.exit_code == 0, result.output
+    *steps, times, last = result.output.splitlines()
+    assert [line.split("  ")[1:3] for line in steps] == [
+        ["pass", name] for name in ("alive", "ready", "release", "golden predictions", "refuses bad input")
+    ]
+    assert re.fullmatch(r"  10 answers, median [0-9.]+ ms, slowest [0-9.]+ ms", times)
+    assert last == f"ok: {url} serves 1.0.0 ({DIGEST[:19]}), 5 predictions checked"
+    expected = ["GET /v1/model", "GET /health", "GET /ready", "GET /v1/model", *["POST /v1/predict"] * 6]
     assert service.asked == expected
     assert set(service.keys) == {None}
 
@@ -147,7 +178,7 @@ def test_the_key_of_the_containers_is_used_on_this_machine_only(service, url, tm
     (tmp_path / "API_KEY").write_text("key of the containers\n")
     assert smoke(url).exit_code == 0
     assert set(service.keys) == {"key of the containers"}
-    assert command.local_key("https://example.org") is None
+    assert command.key_for("https://example.org") is None
 
 
 def test_the_key_is_read_from_the_environment_and_never_shown(service, url, monkeypatch):
@@ -161,20 +192,20 @@ def test_the_key_is_read_from_the_environment_and_never_shown(service, url, monk
 def test_a_service_that_does_not_run_is_named_with_the_fix():
     # Port 1 is reserved and nothing listens there.
     assert_refused(
-        smoke("http://127.0.0.1:1"), "http://127.0.0.1:1 does not answer (ConnectError); start it with `make"
+        smoke("http://127.0.0.1:1"), "http://127.0.0.1:1: alive: no answer (ConnectError); start it with `make run`"
     )
 
 
 def test_a_service_that_is_not_ready_is_refused_with_its_own_words(service, url):
     service.ready = 503
-    assert_refused(smoke(url), 'GET /ready answered 503: {"title": "the model is not loaded"}')
-    assert service.asked == ["GET /health", "GET /ready"]
+    assert_refused(smoke(url), "ready: answered 503, not 200: the model is not loaded")
+    assert service.asked == ["GET /v1/model", "GET /health", "GET /ready"]
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/model", "/v1/predict"])
 def test_any_answer_but_200_is_refused(service, url, path):
     service.status[path] = 401
-    assert_refused(smoke(url), f"{path} answered 401")
+    assert_refused(smoke(url), "answered 401, not 200")
 
 
 def test_a_probability_of_another_model_is_refused(service, url):
@@ -190,42 +221,61 @@ def test_the_rounding_of_the_answer_is_no_difference(service, url):
 @pytest.mark.parametrize("field", ["request_id", "prediction", "probability", "threshold", "model_version"])
 def test_a_missing_field_is_named(service, url, field):
     service.change = lambda answer: answer.pop(field) and None
-    assert_refused(smoke(url), f"the answer lacks {field}\n")
+    assert_refused(smoke(url), f"golden predictions: {field}: Field required\n")
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"probability": 1.2}, {"probability": -0.1}, {"probability": float("nan")}, {"model_version": "0.9.0"}],
+    ("change", "problem"),
+    [
+        ({"probability": 1.2}, "probability: Input should be less than or equal to 1"),
+        ({"probability": -0.1}, "probability: Input should be greater than or equal to 0"),
+        ({"probability": float("nan")}, "probability: Input should be"),
+        ({"probability": None}, "probability: Input should be a valid number"),
+        ({"probability": "0.4"}, "probability: Input should be a valid number"),
+        ({"model_version": 1}, "model_version: Input should be a valid string"),
+        ({"more": 1}, "more: Extra inputs are not permitted"),
+    ],
     ids=str,
 )
-def test_an_implausible_answer_is_refused(service, url, change):
+def test_an_answer_that_breaks_the_contract_is_refused(service, url, change, problem):
     service.change = lambda answer: answer.update(change)
-    assert_refused(smoke(url), "implausible answer: ")
+    assert_refused(smoke(url), f"golden predictions: {problem}")
 
 
-@pytest.mark.parametrize("probability", [None, "0.4"])
-def test_a_probability_that_is_no_number_is_refused(service, url, probability):
-    service.change = lambda answer: answer.update(probability=probability)
-    assert_refused(smoke(url), "implausible answer: ")
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("--version", "1.1.0", "release: version is 1.0.0, expected 1.1.0"),
+        ("--digest", "sha256:" + "b" * 64, f"release: digest is {DIGEST}, expected sha256:bbb"),
+    ],
+)
+def test_another_model_than_the_expected_one_is_refused(service, url, option, value, problem):
+    assert CliRunner().invoke(cli, ["smoke", "--url", url, "--version", "1.0.0", "--digest", DIGEST]).exit_code == 0
+    assert_refused(CliRunner().invoke(cli, ["smoke", "--url", url, option, value]), problem)
+
+
+def test_a_service_that_takes_anything_is_refused(service, url):
+    service.known["{}"] = 0.2
+    assert_refused(smoke(url), "refuses bad input: answered 200, not 422")
 
 
 def test_a_decision_that_contradicts_probability_and_threshold_is_refused(service, url):
     other = {"disrupted": "on_time", "on_time": "disrupted"}
     service.change = lambda answer: answer.update(prediction=other[answer["prediction"]])
-    assert_refused(smoke(url), "prediction")
+    assert_refused(smoke(url), "the prediction contradicts probability and threshold")
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/v1/model", "/v1/predict"])
 def test_an_answer_that_is_no_json_is_refused(service, url, path):
     """Something else may listen there and answer every path with a page."""
     service.raw[path] = b"<html>welcome</html>"
-    assert_refused(smoke(url), path)
+    assert_refused(smoke(url), "body: Input should be a valid dictionary")
 
 
 @pytest.mark.parametrize("content", [b"{}", b'{"version": "1.0.0"}', b"[]"])
 def test_a_model_that_does_not_say_what_it_is_is_refused(service, url, content):
     service.raw["/v1/model"] = content
-    assert_refused(smoke(url), "/v1/model")
+    assert_refused(smoke(url), "release: /v1/model: ")
 
 
 def test_a_version_without_a_record_is_asked_but_its_probabilities_are_not_compared(service, url):

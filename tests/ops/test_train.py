@@ -289,40 +289,6 @@ def test_an_approval_that_dies_leaves_no_record_and_can_be_repeated(artifacts, p
     assert approve("1.1.0-rc.1", artifacts).exit_code == 0
 
 
-# --- point ------------------------------------------------------------------------------------------------------
-
-
-def test_a_channel_is_moved_on_purpose_and_back(artifacts):
-    shelf = artifacts / MODEL_NAME
-    forward = run("point", "staging", "1.1.0-rc.1", "--artifacts", artifacts)
-    assert (forward.exit_code, forward.output) == (0, "channel staging points to 1.1.0-rc.1 (before: nothing)\n")
-    back = run("point", "staging", "1.0.0", "--artifacts", artifacts)
-    assert (back.exit_code, back.output) == (0, "channel staging points to 1.0.0 (before: 1.1.0-rc.1)\n")
-    assert read_registry(shelf).channels == {"prod": "1.0.0", "staging": "1.0.0"}
-
-
-def test_a_channel_is_not_moved_to_what_is_unknown_or_tampered(artifacts):
-    shelf = artifacts / MODEL_NAME
-    before = (shelf / "registry.json").read_bytes()
-    unknown = run("point", "staging", "3.0.0", "--artifacts", artifacts)
-    assert unknown.exit_code == 1
-    assert "Error: version 3.0.0 is not registered; known: 1.0.0, 1.1.0-rc.1\n" in unknown.output
-    (shelf / "1.1.0-rc.1" / "golden.json").unlink()
-    tampered = run("point", "staging", "1.1.0-rc.1", "--artifacts", artifacts)
-    assert tampered.exit_code == 1
-    assert "Error: 1.1.0-rc.1/golden.json is missing or not a plain file; fetch the artifact again\n" in tampered.output
-    assert (shelf / "registry.json").read_bytes() == before
-
-
-def test_prod_takes_approved_versions_only(artifacts):
-    result = run("point", "prod", "1.1.0-rc.1", "--artifacts", artifacts)
-    assert result.exit_code == 1
-    assert "Error: version 1.1.0-rc.1 is not approved, so it cannot go to prod; approved: 1.0.0" in result.output
-    assert approve("1.1.0-rc.1", artifacts).exit_code == 0
-    assert run("point", "prod", "1.1.0-rc.1", "--artifacts", artifacts).exit_code == 0
-    assert read_registry(artifacts / MODEL_NAME).channels["prod"] == "1.1.0-rc.1"
-
-
 # --- ledger -----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,58 @@
+"""Synthetic checks of a running service, once or on a schedule: one JSON line each time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from ops.smoke import Failed, golden_of, key_for, url_option
+
+
+def observe(url: str, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what one round of checks saw."""
+    from mlops_course.release import ReleaseError, asking, summary, synthetic
+
+    times: list[float] = []
+    try:
+        with asking(url, key_for(url), times) as ask:
+            checks = synthetic(ask, requests)
+    except ReleaseError as error:
+        raise Failed(str(error)) from error
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "url": url,
+        "ok": all(check.passed for check in checks),
+        "failed": {check.name: check.detail for check in checks if not check.passed},
+        "checks": len(checks),
+        "latency_ms": summary(times),
+    }
+
+
+@click.command(short_help="Check that a running service keeps its invariants, once or every some seconds.")
+@url_option
+@click.option("--every", type=click.FloatRange(min=1), help="Seconds from one round to the next. Default: one round.")
+def synthetic(url: str, every: float | None) -> None:
+    """Send the golden flights and variations of them, and check what holds for every release.
+
+    Probabilities between 0 and 1, the same answer in a batch and alone, risk that does not fall as the recent delay
+    rises, and an answer without any weather. Writes one JSON line a round. One round ends with exit code 1 if a check
+    failed; with --every it goes on until it is stopped. The key is found as by `smoke`.
+    """
+    # As process 1 of a container Python would not hear SIGTERM.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    requests = [case["request"] for case in golden_of(None)["cases"]]
+    while True:
+        started = time.monotonic()
+        seen = observe(url, requests)
+        click.echo(json.dumps(seen))
+        if every is None:
+            if not seen["ok"]:
+                raise Failed("; ".join(f"{name}: {detail}" for name, detail in seen["failed"].items()))
+            return
+        time.sleep(max(0.0, every - (time.monotonic() - started)))

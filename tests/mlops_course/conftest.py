@@ -1,0 +1,75 @@
+"""What the tests of the chapters share: an object store on this machine, and real services."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from mlops_course.blueprint import MODEL_NAME, project_root
+from mlops_course.release import asking
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """Return an environment in which nothing of this shell's configuration reaches the service."""
+    keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    return {**keep, "PYTHONPATH": str(project_root()), **variables}
+
+
+@pytest.fixture(scope="session")
+def s3() -> Generator[str]:
+    """Start an object store with the S3 interface, and return a bucket in it. Its variables are set while it runs."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        import fsspec
+
+        fsspec.filesystem("s3").mkdir("tests")
+        yield "s3://tests"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def running_service(unused_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractContextManager[str]]:
+    """Return a context manager that runs a real `python -m service` with some variables, and gives its address."""
+
+    @contextmanager
+    def run(**variables: str) -> Generator[str]:
+        port, log = unused_port(), tmp_path_factory.mktemp("service") / "log"
+        with log.open("wb") as output:
+            env = clean_environment(PORT=str(port), DRAIN_S="0", **variables)
+            process = subprocess.Popen([sys.executable, "-m", "service"], env=env, stdout=output, stderr=output)
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 30
+        try:
+            with asking(url) as ask:
+                while ask("GET", "/health").status != 200:
+                    assert process.poll() is None, log.read_text()
+                    assert time.monotonic() < end, log.read_text()
+                    time.sleep(0.1)
+            yield url
+        finally:
+            process.kill()
+            process.wait(10)
+
+    return run
+
+
+@pytest.fixture
+def shelf(artifacts_root: Path, tmp_path: Path) -> Path:
+    """Return a copy of the shelf of models, without a ledger, that a test may change."""
+    ignore = shutil.ignore_patterns("ledger.jsonl", ".*")
+    return Path(shutil.copytree(artifacts_root / MODEL_NAME, tmp_path / "shelf", ignore=ignore))

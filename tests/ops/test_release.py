@@ -1,0 +1,324 @@
+"""The commands that move releases, on a copy of the shelf, with a real service; images in a real registry."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner, Result
+
+import ops.image
+from mlops_course import release as chapter
+from mlops_course.blueprint import MODEL_NAME, read_registry
+from mlops_course.release import Store, asking, image_labels, make_release, read_ledger, tag_image, tagged_digest
+from ops import smoke
+from ops.__main__ import cli
+from ops.image import Plan, build
+
+from .conftest import serving
+
+SHA = "a" * 40
+KEY = "k7Qz9-mR2vXw8-Lp4tNb6"  # only here; not a secret
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch, tmp_path):
+    """The environment and the containers of whoever runs the tests must not decide."""
+    for name in ("API_KEY", "PORT", "DOOR_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(smoke, "KEY_FILE", tmp_path / "API_KEY")
+
+
+@pytest.fixture
+def artifacts(artifacts_root: Path, tmp_path: Path) -> Path:
+    """Return a copy of the artifacts, without a ledger."""
+    ignore = shutil.ignore_patterns("ledger.jsonl", ".*")
+    return Path(shutil.copytree(artifacts_root, tmp_path / "artifacts", ignore=ignore))
+
+
+@pytest.fixture
+def run(artifacts: Path) -> Callable[..., Result]:
+    """Return a function that runs a command on these artifacts, by ann."""
+
+    def command(*arguments: str) -> Result:
+        given = [*arguments, "--store", str(artifacts / MODEL_NAME)]
+        given += ["--artifacts", str(artifacts)] if arguments[0] == "release" else []
+        given += ["--by", "ann"] if arguments[0] in ("release", "promote", "rollback") else []
+        return CliRunner().invoke(cli, given)
+
+    return command
+
+
+def fine(result: Result) -> str:
+    """Return what a command printed that succeeded."""
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(result: Result) -> str:
+    """Return the error of a command that was refused."""
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit), result.output
+    return result.output.partition("Error: ")[2]
+
+
+def test_release_promote_rollback_history_and_env(run, artifacts, tmp_path, unused_port):
+    digest = read_registry(artifacts / MODEL_NAME).versions["1.0.0"]
+    first = fine(run("release", "1.0.0", "--git-sha", SHA, "--quiet", "--note", "first")).strip()
+    told = fine(run("release", "1.0.0", "--git-sha", SHA, "--set", "THRESHOLD=0.5"))
+    second = told.splitlines()[0].removeprefix("release ")
+    assert f"model   1.0.0 {digest}" in told
+    assert "{'THRESHOLD': '0.5'}" in told
+    own = {"MODEL_URI": str(artifacts / MODEL_NAME / "1.0.0"), "GIT_SHA": SHA}
+    assert "is not in staging (nothing is)" in refused(run("promote", first, "--to", "prod", "--url", "http://x"))
+    with serving(unused_port(), tmp_path, **own) as url:
+        moved = fine(run("promote", first, "--to", "staging", "--url", url))
+        assert moved.count("  pass  ") == 9
+        assert moved.endswith(f"staging points to {first} (model 1.0.0)\n")
+        fine(run("promote", first[7:20], "--to", "prod", "--url", url, "--note", "first in prod"))
+        assert "release: config is" in refused(run("promote", second, "--to", "staging", "--url", url))
+    with serving(unused_port(), tmp_path, **own, THRESHOLD="0.5") as url:
+        fine(run("promote", second, "--to", "staging", "--url", url))
+        fine(run("promote", second, "--to", "prod", "--url", url))
+    assert "THRESHOLD=0.5\n" in fine(run("env", "prod"))
+    assert fine(run("rollback", "--note", "too few warnings")) == (
+        f"prod points to {first} (model 1.0.0); restart what runs there\n"
+    )
+    assert fine(run("env", "prod")).splitlines() == [
+        "SERVICE_IMAGE=",
+        f"GIT_SHA={SHA}",
+        f"MODEL_DIGEST={digest}",
+        "MODEL_VERSION=1.0.0",
+    ]
+    assert "nothing to go back to" in refused(run("rollback"))
+    story = fine(run("history")).splitlines()
+    assert [line.split()[1:3] for line in story if "  by ann" in line] == [
+        ["release", "candidate"],
+        ["release", "candidate"],
+        ["promote", "staging"],
+        ["promote", "prod"],
+        ["refuse", "staging"],
+        ["promote", "staging"],
+        ["promote", "prod"],
+        ["rollback", "prod"],
+    ]
+    assert sum("9 checks passed at http://127.0.0.1:" in line for line in story) == 4
+    assert sum("failed at http://127.0.0.1:" in line and "config is" in line for line in story) == 1
+    assert story[-2] == f"prod      -> {first} model 1.0.0"
+    assert story[-1] == f"8 events, hash of the last line {read_ledger(Store(artifacts / MODEL_NAME)).head}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["release", "3.0.0", "--git-sha", SHA], "model 3.0.0 is not registered in"),
+        (["release", "1.0.0", "--git-sha", "main"], "this is not a release: git_sha"),
+        (["release", "1.0.0", "--git-sha", SHA, "--set", "PORT=1"], "setting PORT changes no answer"),
+        (["release", "1.0.0", "--git-sha", SHA, "--image", "a:v1"], "image: String should match pattern"),
+        (
+            ["promote", "sha256:12345678", "--to", "staging", "--url", "http://x"],
+            "names no single release; known: none",
+        ),
+        (["rollback"], "prod has no release before this one"),
+        (["env", "prod"], "prod points to nothing yet"),
+    ],
+)
+def test_what_is_refused_is_told_in_one_line_and_writes_nothing(run, artifacts, arguments, problem):
+    before = (artifacts / MODEL_NAME / "registry.json").read_bytes()
+    assert problem in refused(run(*arguments))
+    assert (artifacts / MODEL_NAME / "registry.json").read_bytes() == before
+    assert not (artifacts / MODEL_NAME / "ledger.jsonl").exists()
+
+
+def test_a_setting_without_a_value_is_a_usage_error(run):
+    result = run("release", "1.0.0", "--git-sha", SHA, "--set", "THRESHOLD")
+    assert result.exit_code == 2
+    assert "'THRESHOLD' is not NAME=VALUE" in result.output
+
+
+def test_a_damaged_ledger_is_told(run, artifacts):
+    fine(run("release", "1.0.0", "--git-sha", SHA))
+    ledger = artifacts / MODEL_NAME / "ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:-5])
+    for command in (["history"], ["rollback"], ["env", "candidate"], ["release", "1.0.0", "--git-sha", SHA]):
+        assert "line 1 is cut off" in refused(run(*command))
+
+
+def test_the_loser_of_a_race_is_told_what_to_do(run, monkeypatch):
+    def loses(*_: Any) -> None:
+        raise chapter.Conflict("ledger.jsonl in here was changed by somebody else")
+
+    monkeypatch.setattr(chapter, "record_release", loses)
+    assert "look at `python -m ops history`, then run this again" in refused(run("release", "1.0.0", "--git-sha", SHA))
+
+
+@pytest.mark.parametrize(("found", "problem"), [(f"{SHA}-dirty", "there are uncommitted changes"), (SHA, "")])
+def test_a_release_is_of_a_commit(run, monkeypatch, found, problem):
+    monkeypatch.setattr(ops.image, "revision", lambda: found)
+    result = run("release", "1.0.0")
+    assert problem in refused(result) if problem else f"of commit {SHA[:12]}" in fine(result)
+
+
+def test_fetch_brings_a_verified_model_or_nothing(artifacts, tmp_path):
+    folder, target = artifacts / MODEL_NAME / "1.0.0", tmp_path / "here"
+    digest = read_registry(artifacts / MODEL_NAME).versions["1.0.0"]
+    command = ["fetch", str(folder), "--to", str(target), "--digest"]
+    assert "has digest" in refused(CliRunner().invoke(cli, [*command, "sha256:" + "0" * 64]))
+    assert not target.exists()
+    told = fine(CliRunner().invoke(cli, [*command, digest]))
+    assert told == f"{target} holds flight-disruption 1.0.0, verified: {digest}\n"
+    (target / "model.onnx").write_bytes(b"other")
+    assert "model.onnx was changed" in refused(CliRunner().invoke(cli, [*command, digest]))
+
+
+# --- Images, in a real registry ---------------------------------------------------------------------------------
+
+
+def docker(*arguments: str) -> str:
+    """Run docker and return what it printed."""
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image_registry(engine: None) -> Generator[str]:
+    """Return the address of an image registry that runs for these tests."""
+    present = subprocess.run(["docker", "image", "inspect", "registry:2"], capture_output=True, check=False)
+    if present.returncode and subprocess.run(["docker", "pull", "--quiet", "registry:2"], check=False).returncode:
+        pytest.skip("needs the image registry:2, which is not here and cannot be pulled")
+    name = docker("run", "--detach", "--rm", "--publish", "127.0.0.1::5000", "registry:2")
+    host = docker("port", name, "5000/tcp").splitlines()[0]
+    end = time.monotonic() + 30
+    while True:
+        try:
+            if httpx.get(f"http://{host}/v2/").status_code == 200:
+                break
+        except httpx.TransportError:
+            assert time.monotonic() < end
+        time.sleep(0.1)
+    yield host
+    docker("rm", "--force", "--volumes", name)
+
+
+@pytest.fixture(scope="module")
+def images(image_registry: str, image_plan: Plan) -> Generator[tuple[str, str]]:
+    """Build one commit twice, push both, and return them by digest."""
+    clean, found = replace(image_plan, revision=SHA), []
+    for tag in ("one", "two"):
+        name = f"{image_registry}/flight-disruption:{tag}"
+        build(clean, name)
+        docker("push", "--quiet", name)
+        found.append(docker("image", "inspect", "--format", "{{index .RepoDigests 0}}", name))
+        time.sleep(1)  # the time of the build is a label
+    yield found[0], found[1]
+    docker("image", "rm", "--force", *found, *(f"{image_registry}/flight-disruption:{tag}" for tag in ("one", "two")))
+
+
+def test_a_tag_moves_between_digests_and_a_fixed_one_does_not(images):
+    one, two = images
+    assert one != two  # the same commit, built twice
+    for image in (one, two, one):
+        tag_image(image, "staging")
+        assert tagged_digest(image, "staging") == image.partition("@")[2]
+    assert not tag_image(one, "staging")
+    for tag in (f"sha-{SHA}", "v1.2.3", "v1.2.3-rc.1"):
+        assert tag_image(one, tag)
+        with pytest.raises(chapter.ReleaseError, match=f"tag {tag} belongs to sha256:.* and never moves"):
+            tag_image(two, tag)
+        assert tagged_digest(two, tag) == one.partition("@")[2]
+    assert tagged_digest(one, "nobody-set-this") is None
+
+
+def test_the_registry_gives_the_image_that_was_pushed(images):
+    one, _ = images
+    config = docker("image", "inspect", "--format", "{{.Id}}", one)
+    docker("image", "rm", "--force", one)
+    docker("pull", "--quiet", one)
+    assert docker("image", "inspect", "--format", "{{.Id}}", one) == config
+    assert image_labels(one)["org.opencontainers.image.revision"] == SHA
+
+
+@pytest.fixture
+def in_container(image_plan: Plan) -> Callable[..., Any]:
+    """Return a context manager that runs an image hardened, as in production, and gives address and container."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def start(variables: dict[str, str]) -> Generator[tuple[str, str]]:
+        own = {**variables, "API_KEY": KEY, "APP_ENV": "staging", "DRAIN_S": "0"}
+        options = [f"--env={name}={value}" for name, value in own.items() if name != "SERVICE_IMAGE"]
+        hard = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--publish=127.0.0.1::8000"]
+        name = docker("run", "--detach", "--rm", *hard, *options, own["SERVICE_IMAGE"])
+        try:
+            url, end = f"http://{docker('port', name, '8000/tcp').splitlines()[0]}", time.monotonic() + 30
+            with asking(url) as ask:
+                while ask("GET", "/ready").status != 200:
+                    assert time.monotonic() < end, docker("logs", name)
+                    time.sleep(0.2)
+            yield url, name
+        finally:
+            docker("rm", "--force", name)
+
+    return start
+
+
+def variables_of(printed: str) -> dict[str, str]:
+    """Return the variables that `env` printed."""
+    return dict(line.split("=", 1) for line in printed.splitlines())
+
+
+def test_the_digest_that_runs_in_prod_is_the_digest_that_was_tested(
+    images, image_plan, in_container, run, artifacts, monkeypatch
+):
+    """Released, promoted and rolled back by the commands, with two images of one commit."""
+    monkeypatch.setenv("API_KEY", KEY)
+    digests, tested = [], []
+    for image in images:
+        made = run("release", image_plan.model, "--git-sha", SHA, "--image", image, "--quiet")
+        digests.append(fine(made).strip())
+        with in_container(variables_of(fine(run("env", "candidate")))) as (url, name):
+            tested.append(docker("inspect", "--format", "{{.Image}}", name))
+            fine(run("promote", digests[-1], "--to", "staging", "--url", url))
+            fine(run("promote", digests[-1], "--to", "prod", "--url", url))
+        assert tagged_digest(image, "prod") == image.partition("@")[2]
+    assert tested[0] != tested[1]
+    with in_container(variables_of(fine(run("env", "prod")))) as (_, name):
+        assert docker("inspect", "--format", "{{.Image}}", name) == tested[1]
+    # Back to the first, with no docker and no git to be found: a rollback builds nothing.
+    with monkeypatch.context() as bare:
+        bare.setenv("PATH", "")
+        assert digests[0] in fine(run("rollback"))
+    assert tagged_digest(images[0], "prod") == images[0].partition("@")[2]
+    assert tagged_digest(images[0], "staging") == images[1].partition("@")[2]
+    with in_container(variables_of(fine(run("env", "prod")))) as (url, name):
+        assert docker("inspect", "--format", "{{.Image}}", name) == tested[0]
+        assert CliRunner().invoke(cli, ["smoke", "--url", url]).exit_code == 0
+
+
+def test_an_image_that_does_not_carry_the_releases_model_or_commit_is_refused(images, run, image_plan):
+    other = run("release", image_plan.model, "--git-sha", "b" * 40, "--image", images[0])
+    assert f"has label org.opencontainers.image.revision={SHA}, the release says {'b' * 40}" in refused(other)
+    boosted = run("release", "1.1.0-rc.1", "--git-sha", SHA, "--image", images[0])
+    assert "has label flight-disruption.model.digest=" in refused(boosted)
+
+
+def test_an_image_that_is_gone_stops_a_rollback_before_anything_moves(images, run, artifacts):
+    store, digest = Store(artifacts / MODEL_NAME), read_registry(artifacts / MODEL_NAME).versions["1.0.0"]
+    gone = images[0].partition("@")[0] + "@sha256:" + "0" * 64
+    for image in (gone, images[1]):
+        made = make_release(SHA, "1.0.0", digest, image)
+        chapter.append(
+            store, read_ledger(store), action="promote", by="ann", channel="prod", to=made.digest, release=made
+        )
+    chapter.follow(store, read_ledger(store))
+    before = (artifacts / MODEL_NAME / "ledger.jsonl").read_bytes()
+    assert "is not in its registry; push it again, or choose another release" in refused(run("rollback"))
+    assert (artifacts / MODEL_NAME / "ledger.jsonl").read_bytes() == before
+    assert tagged_digest(images[1], "prod") == images[1].partition("@")[2]
