@@ -5,6 +5,7 @@ Why uvicorn is extended, and which of its parts are touched, stands in docs/deci
 
 import asyncio
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -301,6 +302,10 @@ class Server(uvicorn.Server):
         and a thousand new clients would stand at the door for half a minute.
         """
         await super().startup(sockets=[])
+        # What the start has made stays until the end. Unless it is set apart, the garbage collector looks through it
+        # again and again: that cost a third of the time of a batch.
+        gc.collect()
+        gc.freeze()
         for door in sockets or ():
             door.setblocking(False)
             door.listen(self.config.backlog)

@@ -255,7 +255,7 @@ def test_the_features_are_in_the_models_order() -> None:
 def test_an_answer_never_contradicts_itself(threshold: float) -> None:
     for step in range(-30, 31):
         probability = min(1.0, max(0.0, threshold + step * 1e-5))
-        score = decide(probability, threshold)
+        (score,) = decide([probability], threshold)
         assert score.disrupted == (score.probability >= threshold)
         assert abs(score.probability - probability) <= 0.5 * 10**-DECIMALS + 1e-12
 
@@ -263,7 +263,7 @@ def test_an_answer_never_contradicts_itself(threshold: float) -> None:
 @pytest.mark.parametrize("wrong", [float("nan"), -0.1, 1.1, float("inf")])
 def test_what_is_no_probability_is_never_published(wrong: float) -> None:
     with pytest.raises(ArithmeticError):
-        decide(wrong, 0.4)
+        decide([0.1, wrong], 0.4)
 
 
 def test_ids_are_uuids_or_hex() -> None:
@@ -328,7 +328,7 @@ def test_the_threshold_can_be_replaced(release: tuple[Path, str]) -> None:
 def test_the_rendered_answer_is_the_schemas(release: tuple[Path, str]) -> None:
     model = load_model(*release)
     for score in (Score(0.0, False), Score(1.0, True), Score(0.0001, False), Score(0.4321, True)):
-        text = render("0" * 32, score, model)
+        (text,) = render(["0" * 32], [score], model)
         answer = Prediction.model_validate_json(text, strict=True)
         assert answer.model_dump_json() == text
 
