@@ -251,6 +251,7 @@ def draw(result: Result, target: Path, source: str) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     shown = [name for name in result["servers"] if name != "constant"]
     panels: list[tuple[str, Callable[[dict[str, Any]], Any], bool]] = [
@@ -279,6 +280,7 @@ def draw(result: Result, target: Path, source: str) -> None:
         axis.title.set_fontsize(10)
         if log:
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())  # else two labels lie on one another
             low, high = axis.get_xlim()
             axis.set_xlim(low, high * 6)
         axis.grid(axis="x", alpha=0.3)
