@@ -72,7 +72,7 @@ def bench(artifacts: Path, rounds: int, seconds: int, folder: Path, only: tuple[
     target = folder / "benchmarks.json"
     target.write_text(json.dumps(result, indent=1) + "\n")
     click.echo(summary(result))
-    click.echo(f"wrote {target}; `python -m ops publish` brings it into docs/benchmarks.md")
+    click.echo(f"wrote {target}" + ("" if only else "; `python -m ops publish` brings it into docs/benchmarks.md"))
 
 
 def served_artifact(artifacts: Path) -> tuple[Path, list[dict[str, Any]]]:

@@ -1,7 +1,7 @@
 """Where the time of one request goes inside the service. Run with the interpreter of the service's environment.
 
-Usage: python anatomy.py BODY_FILE. Prints one line of JSON, in microseconds: medians of many requests through the
-complete application, without a network, with the log line and without.
+Usage: python anatomy.py BODY_FILE. Prints one line of JSON, in microseconds, of many requests through the complete
+application, without a network: the best round with the log line and without, and the medians of the stages.
 """
 
 import asyncio

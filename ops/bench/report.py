@@ -12,6 +12,7 @@ Result = dict[str, Any]
 PLAIN = ("tutorial", "mlserver-plain", "bentoml-plain", "mlflow")  # they serve the model too, each request by itself
 OTHERS = (*PLAIN, "mlserver", "bentoml")  # these two join requests that come at the same time
 MIB = 1_048_576
+IDLE = 0.5  # load of a machine that has nothing else to do
 
 
 def median(result: Result, server: str, value: Callable[[dict[str, Any]], Any]) -> float | None:
@@ -173,7 +174,7 @@ def anatomy_table(result: Result) -> str:
     whole = 1e6 / (median(result, "service", field("one_16", "per_s")) or 1)
     staged = sum(inside[name] for name in ("validate", "features", "model"))
     parts = {
-        "HTTP: uvicorn and the operating system": whole - inside["logged"],
+        "the rest: HTTP (uvicorn, the operating system), and waiting": whole - inside["logged"],
         "validate the body (pydantic)": inside["validate"],
         "derive the features": inside["features"],
         "ONNX Runtime and the decision": inside["model"],
@@ -206,12 +207,16 @@ def short_lines(result: Result) -> str:
     """Render the few numbers that a reader with one minute wants."""
     sentences = comparisons(result)
     own = {name: text(median(result, "service", value), form) for name, (value, form) in SHORT.items()}
+    titles = {name: server["title"] for name, server in result["servers"].items()}
+    joined = titles[best(result, OTHERS, field("one_16", "per_s"))]
     return (
-        f"On one core of the machine named in [docs/benchmarks.md](docs/benchmarks.md) the complete service answers "
-        f"{own['speed']} requests a second at 16 connections (p99 {own['p99']} ms), "
-        f"{statistics.median(sentences[0][1]):.2f} times a FastAPI endpoint without a model and "
-        f"{statistics.median(sentences[2][1]):.0f} times the best other server of the same model that answers each "
-        f"request by itself. It starts in {own['start']} s and takes {own['memory']} MiB. The page says where it loses."
+        f"On one core the service, without Envoy, answers {own['speed']} requests a second at 16 connections (p99 "
+        f"{own['p99']} ms). In brackets the smallest and the largest of the rounds: {spread(sentences[0][1])} times "
+        f"as many as a FastAPI endpoint without a model, {spread(sentences[2][1])} times the best server that runs the "
+        f"same model with scikit-learn, request by request, and {spread(sentences[3][1])} times {joined}. In batches it answers "
+        f"{spread(sentences[4][1])} times as many flights as the best other. It starts in {own['start']} s and takes "
+        f"{own['memory']} MiB. [docs/benchmarks.md](docs/benchmarks.md) says how this was measured, which goals were "
+        "missed, and that most of the distance is ONNX Runtime instead of scikit-learn."
     )
 
 
@@ -226,16 +231,23 @@ SHORT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def setting_lines(result: Result) -> str:
     """Render machine, versions and procedure."""
     machine = result["machine"]
+    busy = machine["load_before"] > IDLE
     rounds = len({row["round"] for row in result["rounds"]})
     lines = [
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}; "
-        f"load before the run {machine['load_before']}. "
+        f"load before the run {machine['load_before']}"
         + (
-            "Server and load generator each had a core of their own. "
+            " (**it was not idle**: the figures are lower, and spread more, than on an idle machine). "
+            if busy
+            else ". "
+        )
+        + (
+            "Server and load generator were each bound to one core. "
             if machine["pinned"]
             else "Nothing was pinned to cores. "
         )
-        + f"Model {result['model']}; {rounds} rounds, {result['seconds']} s for each load, medians of the rounds.",
+        + f"Model {result['model']}; medians of the rounds. Command: "
+        f"`python -m ops bench --rounds {rounds} --seconds {result['seconds']}`.",
         "",
     ]
     servers = result["servers"].values()

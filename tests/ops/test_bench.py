@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from ops.bench import Bench, bench, report
 from ops.bench.servers import contenders, largest_difference
-from ops.publish import BENCHMARKS
+from ops.publish import BENCHMARKS, publish_benchmarks
 
 
 def row(turn: int, server: str, per_s: float, p99: float, batches: float | None = None) -> dict[str, Any]:
@@ -126,9 +128,19 @@ def test_a_run_of_one_server(tmp_path: Path, artifacts_root: Path) -> None:
 
 
 @NEEDS_WRK
-def test_refused_requests_spoil_a_run(tmp_path: Path, unused_port: Any) -> None:
+def test_a_server_that_does_not_answer_ends_the_run(tmp_path: Path, unused_port: Any) -> None:
     """Nobody listens: every request is broken, and nothing is measured."""
     (tmp_path / "echo.one").write_text("{}\n")
     run = Bench(tmp_path, tmp_path, [], "key", 1)
-    with pytest.raises((RuntimeError, OSError)):
+    with pytest.raises(subprocess.CalledProcessError):
         run.load(unused_port(), "/v1/predict", "echo.one", 1)
+
+
+def test_a_partial_run_is_not_published(tmp_path: Path) -> None:
+    """Nothing is written before that is known."""
+    before = BENCHMARKS.read_bytes()
+    partial = tmp_path / "benchmarks.json"
+    partial.write_text(json.dumps({"servers": {"echo": {}}, "rounds": []}))
+    with pytest.raises(click.ClickException, match=r"lacks bentoml, .*; run `make bench`"):
+        publish_benchmarks(partial)
+    assert BENCHMARKS.read_bytes() == before
