@@ -213,10 +213,10 @@ def short_lines(result: Result) -> str:
         f"On one core the service, without Envoy, answers {own['speed']} requests a second at 16 connections (p99 "
         f"{own['p99']} ms). In brackets the smallest and the largest of the rounds: {spread(sentences[0][1])} times "
         f"as many as a FastAPI endpoint without a model, {spread(sentences[2][1])} times the best server that runs the "
-        f"same model with scikit-learn, request by request, and {spread(sentences[3][1])} times {joined}. In batches it "
-        f"answers {spread(sentences[4][1])} times as many flights as the best other. It starts in {own['start']} s and takes "
-        f"{own['memory']} MiB. [docs/benchmarks.md](docs/benchmarks.md) says how this was measured, which goals were "
-        "missed, and that most of the distance is ONNX Runtime instead of scikit-learn."
+        f"same model with scikit-learn, request by request, and {spread(sentences[3][1])} times {joined}. "
+        f"In batches it answers {spread(sentences[4][1])} times as many flights as the best other. "
+        f"It starts in {own['start']} s and takes {own['memory']} MiB. [docs/benchmarks.md](docs/benchmarks.md) says how "
+        "this was measured, which goals were missed, and that most of the distance is ONNX Runtime instead of scikit-learn."
     )
 
 
