@@ -215,8 +215,9 @@ def short_lines(result: Result) -> str:
         f"as many as a FastAPI endpoint without a model, {spread(sentences[2][1])} times the best server that runs the "
         f"same model with scikit-learn, request by request, and {spread(sentences[3][1])} times {joined}. "
         f"In batches it answers {spread(sentences[4][1])} times as many flights as the best other. "
-        f"It starts in {own['start']} s and takes {own['memory']} MiB. [docs/benchmarks.md](docs/benchmarks.md) says how "
-        "this was measured, which goals were missed, and that most of the distance is ONNX Runtime instead of scikit-learn."
+        f"It starts in {own['start']} s and takes {own['memory']} MiB. [docs/benchmarks.md](docs/benchmarks.md) says "
+        "how this was measured, which goals were missed, and that most of the distance is ONNX Runtime instead of "
+        "scikit-learn."
     )
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -26,13 +27,20 @@ def clean_environment(**variables: str) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def s3() -> Generator[str]:
     """Start an object store with the S3 interface, and return a bucket in it. Its variables are set while it runs."""
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    # One request at a time: this stand-in compares and writes in two steps, where S3 does it in one.
+    server = make_server(
+        "127.0.0.1",
+        0,
+        DomainDispatcherApplication(create_backend_app),
+        threaded=False,
+        request_handler=MotoRequestHandler,
+    )
+    Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -40,7 +48,8 @@ def s3() -> Generator[str]:
 
         fsspec.filesystem("s3").mkdir("tests")
         yield "s3://tests"
-    server.stop()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")
