@@ -56,7 +56,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "missed"),
-    [({}, []), ({"service": 899.0}, [0]), ({"service": 700.0, "other": 40.0}, [0, 2, 3]), ({"batches": 51.0}, [4])],
+    [({}, []), ({"service": 899.0}, [0]), ({"service": 700.0, "other": 40.0}, [0, 2, 3]), ({"batches": 51.0}, [4, 5])],
 )
 def test_a_goal_that_was_missed_is_called_missed(changes: dict[str, float], missed: list[int]) -> None:
     found = verdicts(measured(**changes))
