@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,3 +105,38 @@ def pytest_make_collect_report(
         report.outcome = "failed"
         report.longrepr = f"skipped, but REQUIRE_ALL=1 allows no skip: {report.longrepr}"
     return report
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """Return an environment in which nothing of this shell's configuration reaches the service."""
+    keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    return {**keep, "PYTHONPATH": str(ROOT), **variables}
+
+
+@pytest.fixture(scope="session")
+def running_service(
+    unused_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., AbstractContextManager[str]]:
+    """Return a context manager that runs a real `python -m service` with some variables, and gives its address."""
+
+    from mlops_course.release import asking
+
+    @contextmanager
+    def run(**variables: str) -> Generator[str]:
+        port, log = unused_port(), tmp_path_factory.mktemp("service") / "log"
+        with log.open("wb") as output:
+            env = clean_environment(PORT=str(port), DRAIN_S="0", **variables)
+            process = subprocess.Popen([sys.executable, "-m", "service"], env=env, stdout=output, stderr=output)
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 30
+        try:
+            with asking(url) as ask:
+                while ask("GET", "/ready").status != 200:
+                    assert process.poll() is None, log.read_text()
+                    assert time.monotonic() < end, log.read_text()
+                    time.sleep(0.1)
+            yield url
+        finally:
+            process.kill()
+            process.wait(10)
+
+    return run

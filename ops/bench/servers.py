@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops import ROOT
-from ops.bench.peers import PEERS, Peer, Start, encode, flight_batch, flight_probabilities, nothing
+from ops.bench.peers import PEERS, Peer, Start, encode, flight_batch, flight_probabilities
 
 # One thread for numerical libraries: a server gets one core. No telemetry waits for a network.
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1"}
@@ -40,13 +40,14 @@ class Own(Peer):
 
 def start_service(key: str, python: Path, artifact: Path, port: int) -> Start:
     """Serve as in production: verified artifact, key, request ids, one log line for each request."""
-    digest = "sha256:" + hashlib.sha256((artifact / "manifest.json").read_bytes()).hexdigest()
+    from mlops_course.blueprint import artifact_digest, read_manifest
+
     settings = {
         "APP_ENV": "prod",
         "API_KEY": key,
         "GIT_SHA": "benchmark",
         "MODEL_URI": str(artifact),
-        "MODEL_DIGEST": digest,
+        "MODEL_DIGEST": artifact_digest(read_manifest(artifact)),
         "PORT": str(port),
         "DRAIN_S": "0",
         "PYTHONPATH": str(ROOT),
@@ -62,7 +63,7 @@ def start_constant(python: Path, port: int) -> Start:
 
 def contenders(key: str) -> dict[str, Peer]:
     """Return all servers: ours, the peers, and constant bytes. `key` is the API key of ours."""
-    own: Callable[..., Peer] = functools.partial(Own, single=encode, batch=flight_batch, prepare=nothing)
+    own: Callable[..., Peer] = functools.partial(Own, single=encode, batch=flight_batch)
     service = own(
         name="service",
         title="this service",

@@ -14,7 +14,7 @@ import yaml
 
 from ops.docker import missing
 
-from .test_golden_path import MARK, clean_environment, matches, steps
+from .test_golden_path import MARK, clean_environment, copy_files, matches, steps
 
 
 @pytest.fixture
@@ -22,18 +22,7 @@ def clone(root: Path, artifacts_root: Path, tmp_path: Path) -> Generator[Path]:
     """Every file that git knows or would add, committed once, with the environment and the models."""
     if why := missing():
         pytest.skip(f"needs Docker: {why}")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    folder = tmp_path / "project"
-    for name in filter(None, listed.stdout.split("\0")):
-        if (root / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, folder / name)
+    folder = copy_files(root, tmp_path / "project")
     for line in ("init -q", "config user.email a@example.org", "config user.name a", "add -A", "commit -q -m one"):
         subprocess.run(["git", *line.split()], cwd=folder, check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)

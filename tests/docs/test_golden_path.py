@@ -50,9 +50,8 @@ def page(root: Path) -> list[tuple[str, str]]:
     return steps((root / "docs" / "golden_path.md").read_text())
 
 
-@pytest.fixture
-def copy_of_project(root: Path, course_build: Path, artifacts_root: Path, tmp_path: Path) -> Path:
-    """Every file that git knows or would add, the environment, and what `make course` has built."""
+def copy_files(root: Path, folder: Path) -> Path:
+    """Copy every file that git knows or would add; return the folder."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=root,
@@ -60,11 +59,17 @@ def copy_of_project(root: Path, course_build: Path, artifacts_root: Path, tmp_pa
         text=True,
         check=True,
     )
-    folder = tmp_path / "project"
     for name in filter(None, listed.stdout.split("\0")):
         if (root / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def copy_of_project(root: Path, course_build: Path, artifacts_root: Path, tmp_path: Path) -> Path:
+    """Every file that git knows or would add, the environment, and what `make course` has built."""
+    folder = copy_files(root, tmp_path / "project")
     (folder / ".venv").symlink_to(root / ".venv")
     (folder / "build").mkdir()
     # What was released here is no part of a clean checkout.

@@ -18,12 +18,6 @@ from mlops_course.blueprint import MODEL_NAME, project_root
 from mlops_course.release import asking
 
 
-def clean_environment(**variables: str) -> dict[str, str]:
-    """Return an environment in which nothing of this shell's configuration reaches the service."""
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-    return {**keep, "PYTHONPATH": str(project_root()), **variables}
-
-
 @pytest.fixture(scope="session")
 def s3() -> Generator[str]:
     """Start an object store with the S3 interface, and return a bucket in it. Its variables are set while it runs."""
@@ -50,31 +44,6 @@ def s3() -> Generator[str]:
         yield "s3://tests"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="session")
-def running_service(unused_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractContextManager[str]]:
-    """Return a context manager that runs a real `python -m service` with some variables, and gives its address."""
-
-    @contextmanager
-    def run(**variables: str) -> Generator[str]:
-        port, log = unused_port(), tmp_path_factory.mktemp("service") / "log"
-        with log.open("wb") as output:
-            env = clean_environment(PORT=str(port), DRAIN_S="0", **variables)
-            process = subprocess.Popen([sys.executable, "-m", "service"], env=env, stdout=output, stderr=output)
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 30
-        try:
-            with asking(url) as ask:
-                while ask("GET", "/health").status != 200:
-                    assert process.poll() is None, log.read_text()
-                    assert time.monotonic() < end, log.read_text()
-                    time.sleep(0.1)
-            yield url
-        finally:
-            process.kill()
-            process.wait(10)
-
-    return run
 
 
 @pytest.fixture

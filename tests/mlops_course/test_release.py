@@ -51,7 +51,7 @@ from mlops_course.release import (
 )
 from mlops_course.serving import Settings, build_app
 
-from .conftest import clean_environment
+from ..conftest import clean_environment
 
 SHA = "a" * 40
 VERSION = "1.0.0"

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import time
 from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from mlops_course.release import asking
-from ops import ROOT
 from ops.docker import missing
 from ops.image import Plan, build, plan
 
@@ -38,24 +33,3 @@ def built_image(image_plan: Plan) -> Generator[str]:
     build(image_plan, name)
     yield name
     subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=True)
-
-
-@contextmanager
-def serving(port: int, folder: Path, **variables: str) -> Generator[str]:
-    """Run a real `python -m service` with these variables and nothing else of this shell's; give its address."""
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-    env = {**keep, "PYTHONPATH": str(ROOT), "DRAIN_S": "0", "PORT": str(port), **variables}
-    log = folder / "service.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen([sys.executable, "-m", "service"], env=env, stdout=output, stderr=output)
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 30
-    try:
-        with asking(url) as ask:
-            while ask("GET", "/ready").status != 200:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < end, log.read_text()
-                time.sleep(0.1)
-        yield url
-    finally:
-        process.kill()
-        process.wait(10)

@@ -22,8 +22,6 @@ from ops import smoke
 from ops.__main__ import cli
 from ops.image import Plan, build
 
-from .conftest import serving
-
 SHA = "a" * 40
 KEY = "k7Qz9-mR2vXw8-Lp4tNb6"  # only here; not a secret
 
@@ -68,7 +66,7 @@ def refused(result: Result) -> str:
     return result.output.partition("Error: ")[2]
 
 
-def test_release_promote_rollback_history_and_env(run, artifacts, tmp_path, unused_port):
+def test_release_promote_rollback_history_and_env(run, artifacts, running_service):
     digest = read_registry(artifacts / MODEL_NAME).versions["1.0.0"]
     first = fine(run("release", "1.0.0", "--git-sha", SHA, "--quiet", "--note", "first")).strip()
     told = fine(run("release", "1.0.0", "--git-sha", SHA, "--set", "THRESHOLD=0.5"))
@@ -77,13 +75,13 @@ def test_release_promote_rollback_history_and_env(run, artifacts, tmp_path, unus
     assert "{'THRESHOLD': '0.5'}" in told
     own = {"MODEL_URI": str(artifacts / MODEL_NAME / "1.0.0"), "GIT_SHA": SHA}
     assert "is not in staging (nothing is)" in refused(run("promote", first, "--to", "prod", "--url", "http://x"))
-    with serving(unused_port(), tmp_path, **own) as url:
+    with running_service(**own) as url:
         moved = fine(run("promote", first, "--to", "staging", "--url", url))
         assert moved.count("  pass  ") == 9
         assert moved.endswith(f"staging points to {first} (model 1.0.0)\n")
         fine(run("promote", first[7:20], "--to", "prod", "--url", url, "--note", "first in prod"))
         assert "release: config is" in refused(run("promote", second, "--to", "staging", "--url", url))
-    with serving(unused_port(), tmp_path, **own, THRESHOLD="0.5") as url:
+    with running_service(**own, THRESHOLD="0.5") as url:
         fine(run("promote", second, "--to", "staging", "--url", url))
         fine(run("promote", second, "--to", "prod", "--url", url))
     assert "THRESHOLD=0.5\n" in fine(run("env", "prod"))

@@ -17,8 +17,6 @@ from mlops_course.blueprint import MODEL_NAME
 from ops import smoke
 from ops.__main__ import cli
 
-from .conftest import serving
-
 
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch, tmp_path):
@@ -29,10 +27,10 @@ def _no_key(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def url(artifacts_root: Path, tmp_path_factory: pytest.TempPathFactory, unused_port) -> Generator[str]:
+def url(artifacts_root: Path, running_service) -> Generator[str]:
     """Return where a real service answers."""
     folder = str(artifacts_root / MODEL_NAME / "1.0.0")
-    with serving(unused_port(), tmp_path_factory.mktemp("log"), MODEL_URI=folder) as address:
+    with running_service(MODEL_URI=folder) as address:
         yield address
 
 

@@ -58,6 +58,13 @@ def client(app: Service) -> Generator[TestClient]:
         yield started
 
 
+def one_request(example: dict[str, Any], extra: bytes = b"") -> bytes:
+    """Return one good request as bytes, with more headers if they are given."""
+    body = json.dumps(example).encode()
+    head = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    return head + extra + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
 @dataclass
 class Running:
     """A real `python -m service`."""
@@ -73,6 +80,11 @@ class Running:
     def lines(self) -> list[dict[str, Any]]:
         """Return the log so far."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def memory_kib(self) -> int:
+        """Return its resident memory (Linux)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
     def stop(self) -> int:
         """End it politely and return its exit code."""

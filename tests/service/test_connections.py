@@ -18,18 +18,11 @@ import pytest
 
 from mlops_course.serving import EXAMPLE
 
-from .conftest import Running
+from .conftest import Running, one_request
 
 KEY = "k7Qz9-mR2vXw8-Lp4tNb6"
 MARK = "hunter2"  # stands for something that must never be repeated
 JSON_HEAD = b"host: x\r\ncontent-type: application/json\r\n"
-
-
-def request(example: dict[str, Any], extra: bytes = b"") -> bytes:
-    """Return one good request as bytes."""
-    body = json.dumps(example).encode()
-    head = b"POST /v1/predict HTTP/1.1\r\n" + JSON_HEAD + extra + b"content-length: %d\r\n\r\n" % len(body)
-    return head + body
 
 
 @pytest.fixture
@@ -50,12 +43,6 @@ def read_answers(connection: socket.socket, count: int) -> bytes:
     return received
 
 
-def memory_kib(running: Running) -> int:
-    """Return the resident memory of a process (Linux)."""
-    status = Path(f"/proc/{running.process.pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
-
-
 @pytest.mark.parametrize(
     ("headers", "status"), [({"X-API-Key": "wrong"}, 401), ({"X-API-Key": KEY, "content-type": "text/plain"}, 415)]
 )
@@ -70,21 +57,21 @@ def test_every_refused_request_of_one_connection_is_answered(
 
 
 def test_a_refused_request_leaves_the_connection_usable(connection: socket.socket, example: dict[str, Any]) -> None:
-    refused = request(example).replace(b"application/json", b"text/plain")
+    refused = one_request(example).replace(b"application/json", b"text/plain")
     connection.sendall(refused[:-20])
     assert read_answers(connection, 1).startswith(b"HTTP/1.1 415 ")
-    connection.sendall(refused[-20:] + request(example))
+    connection.sendall(refused[-20:] + one_request(example))
     assert read_answers(connection, 1).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_refused_request_that_is_never_finished_is_closed(connection: socket.socket, example: dict[str, Any]) -> None:
-    connection.sendall(request(example).replace(b"application/json", b"text/plain")[:-20])
+    connection.sendall(one_request(example).replace(b"application/json", b"text/plain")[:-20])
     assert read_answers(connection, 1).startswith(b"HTTP/1.1 415 ")
     assert connection.recv(1) == b""
 
 
 def test_the_end_of_a_pipelined_request_may_come_later(connection: socket.socket, example: dict[str, Any]) -> None:
-    two = request(example) * 2
+    two = one_request(example) * 2
     connection.sendall(two[:-20])
     time.sleep(0.2)
     connection.sendall(two[-20:])
@@ -95,16 +82,16 @@ def test_the_end_of_a_pipelined_request_may_come_later(connection: socket.socket
 def test_a_request_after_an_early_answer_in_a_pipeline(
     connection: socket.socket, example: dict[str, Any], pause: float
 ) -> None:
-    refused = request(example).replace(b"application/json", b"text/plain")
-    connection.sendall(refused + request(example)[:-20])
+    refused = one_request(example).replace(b"application/json", b"text/plain")
+    connection.sendall(refused + one_request(example)[:-20])
     time.sleep(pause)
-    connection.sendall(request(example)[-20:])
+    connection.sendall(one_request(example)[-20:])
     answers = read_answers(connection, 2)
     assert [answers.count(b"HTTP/1.1 %d " % status) for status in (415, 200)] == [1, 1]
 
 
 def test_300_pipelined_requests_get_300_answers(connection: socket.socket, example: dict[str, Any]) -> None:
-    connection.sendall(request(example) * 300)
+    connection.sendall(one_request(example) * 300)
     assert read_answers(connection, 300).count(b"HTTP/1.1 200 ") == 300
 
 
@@ -136,9 +123,9 @@ FLOODS = {
 @pytest.mark.skipif(not Path("/proc").exists(), reason="memory is read from /proc, which only Linux has")
 @pytest.mark.parametrize(("start", "part"), FLOODS.values(), ids=FLOODS)
 def test_a_flood_of_headers_is_not_kept(shared: Running, start: bytes, part: bytes) -> None:
-    before = memory_kib(shared)
+    before = shared.memory_kib()
     assert not flood(shared, start, part, 100).startswith(b"HTTP/1.1 2")
-    assert memory_kib(shared) - before < 20_000
+    assert shared.memory_kib() - before < 20_000
     assert httpx.get(shared.url + "/health").status_code == 200
 
 
@@ -176,10 +163,10 @@ def test_bytes_that_are_not_http_are_logged_with_their_id(shared: Running) -> No
 def test_an_offer_of_another_protocol_is_ignored(
     connection: socket.socket, example: dict[str, Any], offer: bytes, pause: float
 ) -> None:
-    whole = request(example, offer)
+    whole = one_request(example, offer)
     connection.sendall(whole[:-20])
     time.sleep(pause)
-    connection.sendall(whole[-20:] + request(example))
+    connection.sendall(whole[-20:] + one_request(example))
     assert read_answers(connection, 2).count(b"HTTP/1.1 200 ") == 2
 
 
@@ -199,7 +186,7 @@ def test_every_line_of_the_server_names_the_release(serve: Callable[..., Running
 def test_a_refused_request_that_asks_for_the_end_can_read_its_answer(
     connection: socket.socket, example: dict[str, Any]
 ) -> None:
-    refused = request(example, b"connection: close\r\n").replace(b"application/json", b"text/plain")
+    refused = one_request(example, b"connection: close\r\n").replace(b"application/json", b"text/plain")
     connection.sendall(refused[:-20])
     time.sleep(0.2)
     connection.sendall(refused[-20:])  # a connection that was closed too early answers this with a reset
@@ -304,7 +291,7 @@ BAD: dict[str, tuple[bytes, int, str]] = {
 def test_bad_input_is_a_problem_that_names_the_field(
     connection: socket.socket, example: dict[str, Any], content: bytes, status: int, field: str
 ) -> None:
-    connection.sendall(content + request(example))
+    connection.sendall(content + one_request(example))
     with Reader(connection) as reader:
         found, head, body = reader.answer()
         assert reader.answer()[0] == 200  # the connection, and the service, go on
@@ -431,11 +418,11 @@ def send_all(running: Running, requests: Iterator[bytes]) -> Counter[int]:
 def test_twenty_thousand_bad_requests_leave_nothing_in_memory(serve: Callable[..., Running]) -> None:
     running = serve()
     send_all(running, bad_requests(2_000, seed=1))
-    before = memory_kib(running)
+    before = running.memory_kib()
     statuses = send_all(running, bad_requests(20_000, seed=2))
     assert statuses.total() == 20_000
     assert set(statuses) == {404, 415, 422}
-    assert memory_kib(running) - before < 4_000
+    assert running.memory_kib() - before < 4_000
     assert httpx.post(running.url + ONE, json=EXAMPLE).status_code == 200
     assert not [line for line in running.lines() if line["event"] == "failed"]
 
@@ -494,7 +481,7 @@ def test_500_idle_connections_do_not_stop_an_answer(
     assert all(one.recv(65_536).startswith(b"HTTP/1.1 200 ") for one in used)
     assert_it_answers(shared)
     for one in (silent[0], silent[-1], used[0], used[-1]):
-        one.sendall(request(EXAMPLE))
+        one.sendall(one_request(EXAMPLE))
         assert read_answers(one, 1).startswith(b"HTTP/1.1 200 ")
 
 
@@ -524,9 +511,9 @@ def test_headers_that_come_byte_by_byte_are_cut_off(
     assert_it_answers(running)
 
 
-@pytest.mark.parametrize("sent", [1, 30, 150, len(request(EXAMPLE)) - 1])
+@pytest.mark.parametrize("sent", [1, 30, 150, len(one_request(EXAMPLE)) - 1])
 def test_half_a_request_of_a_half_closed_connection_is_dropped(connection: socket.socket, sent: int) -> None:
-    connection.sendall(request(EXAMPLE)[:sent])
+    connection.sendall(one_request(EXAMPLE)[:sent])
     connection.shutdown(socket.SHUT_WR)
     assert connection.recv(65_536) == b""
 
@@ -536,7 +523,7 @@ def test_a_half_closed_connection_is_closed_and_hinders_nobody(
 ) -> None:
     many = connect(shared, 100)
     for one in many:
-        one.sendall(request(EXAMPLE) * 2)
+        one.sendall(one_request(EXAMPLE) * 2)
         one.shutdown(socket.SHUT_WR)
     for one in many:
         with Reader(one) as reader:
@@ -553,7 +540,7 @@ def test_connections_that_are_reset_leave_nothing(
     running = serve()
     assert_it_answers(running)
     before = open_files(running)
-    parts = [request(EXAMPLE)[:sent] for sent in (0, 30, 150, -20)] + [request(EXAMPLE)]
+    parts = [one_request(EXAMPLE)[:sent] for sent in (0, 30, 150, -20)] + [one_request(EXAMPLE)]
     parts.append(post(MANY, {"flights": [EXAMPLE] * 500}))
     for number, one in enumerate(connect(running, 300)):
         one.sendall(parts[number % len(parts)])
@@ -574,7 +561,7 @@ def test_many_large_bodies_that_come_slowly_are_not_all_kept(
 ) -> None:
     running = serve()
     assert httpx.post(running.url + MANY, json={"flights": [EXAMPLE] * 1_000}).status_code == 200
-    before = memory_kib(running)
+    before = running.memory_kib()
     body = b" " * (1_048_576 - 70_000)  # the last part never comes
     for one in connect(running, 300):
         try:
@@ -582,4 +569,4 @@ def test_many_large_bodies_that_come_slowly_are_not_all_kept(
         except OSError:  # refused before it was sent; that is what should happen to most
             continue
     assert_it_answers(running)
-    assert memory_kib(running) - before < 128_000
+    assert running.memory_kib() - before < 128_000

@@ -22,7 +22,7 @@ import httptools
 import httpx
 import pytest
 
-from .conftest import Running
+from .conftest import Running, one_request
 
 WAITING = 20  # MAX_WAITING of the tested service
 CROWD = 200  # connections that ask again as soon as they are answered: ten times as many as may wait
@@ -106,21 +106,6 @@ def pressed(port: int, request: bytes, clients: int, seconds: float) -> Crowd:
     return asyncio.run(press(port, request, clients, seconds))
 
 
-def memory_kib(running: Running) -> int:
-    """Return the resident memory of a process (Linux)."""
-    status = Path(f"/proc/{running.process.pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
-
-
-def one_request(example: dict[str, Any]) -> bytes:
-    """Return the bytes of one good request."""
-    body = json.dumps(example).encode()
-    return b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
-        len(body),
-        body,
-    )
-
-
 @pytest.mark.skipif(not Path("/proc").exists(), reason="memory is read from /proc, which only Linux has")
 def test_a_crowd_is_answered_soon_or_refused_and_leaves_no_trace(
     serve: Callable[..., Running], example: dict[str, Any]
@@ -128,7 +113,7 @@ def test_a_crowd_is_answered_soon_or_refused_and_leaves_no_trace(
     running = serve(MAX_WAITING=str(WAITING), LOG_LEVEL="warning")
     request = one_request(example)
     assert pressed(running.port, request, 1, 0.3).statuses.keys() == {200}
-    before = memory_kib(running)
+    before = running.memory_kib()
     looks = []
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool, httpx.Client(base_url=running.url) as probe:
         pressing = pool.submit(pressed, running.port, request, CROWD, 3)
@@ -140,7 +125,7 @@ def test_a_crowd_is_answered_soon_or_refused_and_leaves_no_trace(
     assert crowd.faults == Counter()
     assert crowd.statuses.keys() == {200, 503}
     assert set(looks) == {200}
-    assert memory_kib(running) - before < 32_768
+    assert running.memory_kib() - before < 32_768
     after = pressed(running.port, request, 1, 0.3)
     assert after.statuses.keys() == {200}
     assert after.faults == Counter()

@@ -35,12 +35,6 @@ def talk(running: Running, data: bytes, seconds: float = 10) -> bytes:
     return received
 
 
-def memory_kib(running: Running) -> int:
-    """Return the resident memory of a process (Linux)."""
-    status = Path(f"/proc/{running.process.pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
-
-
 def test_it_listens_where_it_is_told_and_logs_json_only(serve: Callable[..., Running], example: dict[str, Any]) -> None:
     running = serve()
     answer = httpx.post(running.url + "/v1/predict", json=example)
@@ -149,11 +143,11 @@ def test_a_body_of_50_mb_is_refused_and_not_kept(shared: Running) -> None:
             yield b"x" * 1_000_000
 
     httpx.post(running.url + "/v1/predict", content=b"x", headers=JSON)
-    before = memory_kib(running)
+    before = running.memory_kib()
     declared = httpx.post(running.url + "/v1/predict", content=b"x" * 50_000_000, headers=JSON)
     chunked = httpx.post(running.url + "/v1/predict/batch", content=chunks(), headers=JSON)
     assert (declared.status_code, chunked.status_code) == (413, 413)
-    assert memory_kib(running) - before < 16_384
+    assert running.memory_kib() - before < 16_384
 
 
 def send_for_ever(connection: socket.socket) -> None:
