@@ -14,7 +14,7 @@ import yaml
 
 from ops.docker import missing
 
-from .test_golden_path import MARK, clean_environment, matches, steps
+from .test_golden_path import MARK, clean_environment, difference, steps
 
 
 @pytest.fixture
@@ -76,7 +76,8 @@ def test_every_command_prints_what_the_page_says(root: Path, clone: Path, unused
     assert len(outputs) == len(page) + 1, done.stderr
     for (command, expected), printed in zip(page, outputs, strict=False):
         told = printed.replace(f":{port}", ":8080")
-        assert matches(expected, told), f"$ {command}\n{told}\n{done.stderr[-3000:]}"
+        wrong = difference(expected, told)
+        assert wrong is None, f"$ {command}\n{wrong}\n{done.stderr[-3000:]}"
 
 
 def test_every_setting_is_explained(root: Path) -> None:
