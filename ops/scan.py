@@ -14,7 +14,7 @@ from typing import IO
 
 import click
 
-from ops.compose import KEY_FILE
+from ops import KEY_FILE
 from ops.docker import DockerError, docker
 from ops.image import REPOSITORY, own_start, revision
 

@@ -15,7 +15,7 @@ import pytest
 from mlops_course.release import asking
 from ops import ROOT
 from ops.docker import missing
-from ops.image import Plan, build, plan
+from ops.image import Plan, build, build_checks, plan
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +36,14 @@ def built_image(image_plan: Plan) -> Generator[str]:
     """Return an image of the code as it is now, under a name that no other run uses."""
     name = f"flight-disruption:test-{os.getpid()}"
     build(image_plan, name)
+    yield name
+    subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=True)
+
+
+@pytest.fixture(scope="session")
+def checks_image(built_image: str) -> Generator[str]:
+    """Return the image of the checks that belongs to it."""
+    name = build_checks(built_image)
     yield name
     subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=True)
 
