@@ -7,8 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools course test check train lab run bench image up down smoke push audit sbom promote rollback \
-        history publish export lock clean
+.PHONY: help setup tools course test check train lab run bench image up down smoke push audit sbom promote rollback history publish export lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
