@@ -23,8 +23,8 @@ Job = dict[str, Any]
 
 def load(path: Path) -> dict[str, Any]:
     """Return a workflow. YAML reads the key `on` as true."""
-    found: dict[str, Any] = yaml.safe_load(path.read_text())
-    return {"on" if key is True else key: value for key, value in found.items()}
+    found: dict[str | bool, Any] = yaml.safe_load(path.read_text())
+    return {"on" if key is True else str(key): value for key, value in found.items()}
 
 
 def jobs() -> list[tuple[str, dict[str, Any], Job]]:

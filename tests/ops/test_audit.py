@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -38,7 +39,10 @@ def test_a_lock_without_hashes_is_told(tmp_path: Path) -> None:
 def test_a_vulnerability_is_named_with_its_fix() -> None:
     """In the form of pip-audit's report (its documentation, section JSON)."""
     bugs = [{"id": "PYSEC-1", "fix_versions": ["1.2", "2.0"]}, {"id": "PYSEC-2", "fix_versions": []}]
-    found = [{"name": "a", "version": "1.0", "vulns": bugs}, {"name": "b", "version": "1", "vulns": []}]
+    found: list[dict[str, Any]] = [
+        {"name": "a", "version": "1.0", "vulns": bugs},
+        {"name": "b", "version": "1", "vulns": []},
+    ]
     assert problems(found) == ["a 1.0: PYSEC-1, fixed in 1.2, 2.0", "a 1.0: PYSEC-2, fixed in no version yet"]
     assert problems(found[1:]) == []
 
