@@ -56,12 +56,10 @@ def difference(expected: str, printed: str) -> str | None:
         else:
             blocks[-1].append(line)
     for number, block in enumerate(blocks):
-        if number == 0:
-            places = range(1)
-        elif number == len(blocks) - 1:
-            places = range(max(start, len(found) - len(block)), max(start, len(found) - len(block)) + 1)
-        else:
-            places = range(start, max(start, len(found) - len(block)) + 1)
+        end = max(start, len(found) - len(block))
+        places = [0] if number == 0 else [*range(start, end + 1)]
+        if number and number == len(blocks) - 1:
+            places = [end, *places]  # it has to be the end; the others say best what is wrong
         agreed, place = 0, places[0]
         for candidate in places:
             same = 0
@@ -113,6 +111,8 @@ def test_the_comparison_can_fail(expected: str, printed: str, same: bool) -> Non
 
 
 def test_the_comparison_names_the_first_line_that_differs() -> None:
+    assert difference("...\nb\nc", "a\nb\nx\nc") == "line 3 differs:\n  expected  c\n  printed   x"
+    assert difference("...\nb", "a\nb\nc") == "line 3 differs:\n  expected  nothing more\n  printed   c"
     printed = "start\n" + "\n".join(f"line {number}" for number in range(20_000)) + "\nready after 3 s\nas dev\n"
     assert difference("start\n...\nready after ... s\nas dev", printed) is None
     assert difference("start\n...\nready after ... s\nas prod", printed) == (
