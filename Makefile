@@ -81,10 +81,11 @@ push: setup ## Push this commit's images to REGISTRY, once; ARCHIVE=FILE loads t
 audit: setup ## Look for known vulnerabilities of every locked package (asks PyPI)
 	$(BIN)/python -m ops audit
 
+# The warning says that a lock is a flat list, without what needs what.
 sbom: setup ## Write the list of the service's packages, in CycloneDX format, to build/sbom/
 	mkdir -p build/sbom
-	$(BIN)/cyclonedx-py requirements service/requirements.lock --pyproject pyproject.toml --output-reproducible \
-	  --output-file build/sbom/service.cdx.json
+	$(BIN)/python -W ignore::UserWarning -m cyclonedx_py requirements service/requirements.lock \
+	  --pyproject pyproject.toml --output-reproducible --output-file build/sbom/service.cdx.json
 
 promote: setup ## Check the release DIGEST where it runs (URL) and move the channel TO; also NOTE, BY, STORE
 	$(BIN)/python -m ops promote "$$DIGEST" --to "$$TO" --url "$$URL" --note "$$NOTE" \
