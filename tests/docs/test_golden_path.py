@@ -29,18 +29,22 @@ def lines_of(text: str) -> list[str]:
 
 
 def same_line(expected: str, printed: str) -> bool:
-    """Whether a line is the expected one, where `...` stands for anything."""
+    """Whether a line is the expected one, where `...` stands for anything; ` ... ` may be a single blank."""
     first, *rest = expected.split("...")
     if not rest:
         return printed == expected
     if not printed.startswith(first):
         return False
-    place, end = len(first), len(printed) - len(rest[-1])
-    for piece in rest[:-1]:
-        place = printed.find(piece, place) + len(piece)
-        if place < len(piece):
+    place = len(first)
+    for number, piece in enumerate(rest):
+        # The blank before `...` and the one after it can be the same.
+        shared = piece.startswith(" ") and printed[:place].endswith(" ")
+        start = place - shared
+        found = len(printed) - len(piece) if number == len(rest) - 1 else printed.find(piece, start)
+        if found < start or not printed.startswith(piece, found):
             return False
-    return place <= end and printed.endswith(rest[-1])
+        place = found + len(piece)
+    return True
 
 
 def difference(expected: str, printed: str) -> str | None:
@@ -90,6 +94,10 @@ def told_apart(expected: str, found: list[str], place: int) -> str:
         ("a b", "a  b\n", True),
         ("a ... c", "a and then c", True),
         ("a ... c", "a and then d", False),
+        ("a ... c", "a c", True),
+        ("a ... c", "ac", False),
+        ("a ... b ... c", "a b c", True),
+        ("a ...", "a", False),
         ("a...a", "a", False),
         ("a...b...b", "ab", False),
         ("a...b...c", "a c b", False),
