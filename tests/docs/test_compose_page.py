@@ -41,8 +41,8 @@ def clone(root: Path, artifacts_root: Path, tmp_path: Path) -> Generator[Path]:
     (folder / ".git" / "info" / "exclude").write_text(".venv\n")  # a link, while .gitignore names a folder
     shutil.copytree(artifacts_root, folder / "artifacts")
     yield folder
-    image = f"flight-disruption:sha-{commit.stdout.strip()}"
-    subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)
+    images = [f"{name}:sha-{commit.stdout.strip()}" for name in ("flight-disruption", "flight-disruption-checks")]
+    subprocess.run(["docker", "image", "rm", "--force", *images], capture_output=True, check=False)
 
 
 def test_every_command_prints_what_the_page_says(root: Path, clone: Path, unused_port: Callable[[], int]) -> None:

@@ -27,8 +27,10 @@ def built(image_plan: Plan) -> Generator[str]:
     """Build the images of a commit that nobody else has."""
     build(replace(image_plan, revision=SHA), IMAGE)
     build_checks(IMAGE)
+    # By their ids: that removes every name that the tests give them.
+    ids = [docker("image", "inspect", "--format", "{{.Id}}", name) for name in (IMAGE, checks_of(IMAGE))]
     yield IMAGE
-    docker("image", "rm", "--force", IMAGE, checks_of(IMAGE))
+    docker("image", "rm", "--force", *ids[::-1])
 
 
 @pytest.fixture(autouse=True)
