@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course test check train lab run bench image up down publish smoke export lock clean
+.PHONY: help setup tools course test check train lab run bench image up down smoke push audit sbom promote rollback history publish export lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
@@ -30,21 +30,27 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# What tests need and Python packages cannot bring. Already there: nothing is done, and no right is needed.
+tools: ## Install the load generator wrk with apt-get (Debian and Ubuntu), if it is missing
+	command -v wrk || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install --yes -qq --no-install-recommends wrk; }
+
 course: setup ## Run the chapters on the full data; notebooks and pages go to build/
 	$(BIN)/python -m ops course
 
-check: setup ## Lint, types, import layers, and that the generated modules match the chapters
+check: setup ## Lint, types, import layers, workflows, and that the generated modules match the chapters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --persona pedantic --quiet .github/workflows
 	$(BIN)/python -m ops roundtrip
 
 # The tests look at a course of their own: what a learner has built in artifacts/ neither helps nor hinders them.
 test: check ## Everything that CI checks: check, every chapter through papermill, the tests
 	rm -rf build/test
 	$(BIN)/python -m ops course --build build/test --artifacts build/test/artifacts
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --junitxml=build/test/junit.xml
 
 train: setup ## Train, pass the gates and package the releases
 	$(BIN)/python -m ops train
@@ -58,14 +64,38 @@ run: setup ## Serve the released model on port 8000
 bench: setup ## Compare speed and size with other servers of the same model (needs wrk)
 	$(BIN)/python -m ops bench
 
-image: setup ## Build the service's image from this commit and print its size (needs Docker)
-	$(BIN)/python -m ops image
+image: setup ## Build this commit's images, print their size; ARCHIVE=FILE also saves them (needs Docker)
+	$(BIN)/python -m ops image $(if $(ARCHIVE),--archive "$$ARCHIVE")
 
 up: setup ## Start Envoy and the service in containers, wait until they are ready, print the URLs (needs Docker)
 	$(BIN)/python -m ops up
 
 down: setup ## Stop and remove these containers
 	$(BIN)/python -m ops down
+
+# Values that somebody types into a form reach these commands as variables of the shell ($$X), never as its text.
+push: setup ## Push this commit's images to REGISTRY, once; ARCHIVE=FILE loads them, OUTPUT=FILE gets the digest
+	$(BIN)/python -m ops push --registry "$$REGISTRY" \
+	  $(if $(ARCHIVE),--archive "$$ARCHIVE") $(if $(OUTPUT),--output "$$OUTPUT")
+
+audit: setup ## Look for known vulnerabilities of every locked package (asks PyPI)
+	$(BIN)/python -m ops audit
+
+# The warning says that a lock is a flat list, without what needs what.
+sbom: setup ## Write the list of the service's packages, in CycloneDX format, to build/sbom/
+	mkdir -p build/sbom
+	$(BIN)/python -W ignore::UserWarning -m cyclonedx_py requirements service/requirements.lock \
+	  --pyproject pyproject.toml --output-reproducible --output-file build/sbom/service.cdx.json
+
+promote: setup ## Check the release DIGEST where it runs (URL) and move the channel TO; also NOTE, BY, STORE
+	$(BIN)/python -m ops promote "$$DIGEST" --to "$$TO" --url "$$URL" --note "$$NOTE" \
+	  $(if $(BY),--by "$$BY") $(if $(STORE),--store "$$STORE")
+
+rollback: setup ## Put the release before this one back, in channel TO; also NOTE, BY, STORE
+	$(BIN)/python -m ops rollback --channel "$$TO" --note "$$NOTE" $(if $(BY),--by "$$BY") $(if $(STORE),--store "$$STORE")
+
+history: setup ## Check and print the ledger of releases; also STORE
+	$(BIN)/python -m ops history $(if $(STORE),--store "$$STORE")
 
 publish: setup ## Copy reports into docs/ and renew the numbers and tables in the documents
 	$(BIN)/python -m ops publish
@@ -77,7 +107,7 @@ export: setup ## Clean the chapters and write mlops_course from them
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 
-lock: setup ## Resolve both lock files again; UPGRADE=1 takes the newest allowed versions
+lock: setup ## Resolve the lock files again; UPGRADE=1 takes the newest allowed versions
 	$(BIN)/python -m ops lock $(if $(UPGRADE),--upgrade,--no-upgrade)
 
 clean: ## Remove build/ and the tools' caches; .venv and artifacts/ stay

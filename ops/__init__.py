@@ -10,6 +10,8 @@ import click
 
 # The project is installed in editable mode, so this file sits in the working tree.
 ROOT = Path(__file__).resolve().parent.parent
+# Where `up` writes the API key of the containers on this machine.
+KEY_FILE = ROOT / ".secrets" / "API_KEY"
 
 # Every command that reads or writes models takes this option.
 artifacts_option = click.option(

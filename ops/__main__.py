@@ -2,7 +2,23 @@
 
 import click
 
-from ops import bench, compose, course, door, image, lock, publish, release, roundtrip, scan, smoke, synthetic, train
+from ops import (
+    audit,
+    bench,
+    compose,
+    course,
+    door,
+    image,
+    lock,
+    publish,
+    push,
+    release,
+    roundtrip,
+    scan,
+    smoke,
+    synthetic,
+    train,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,6 +40,8 @@ cli.add_command(release.fetch)
 cli.add_command(publish.publish)
 cli.add_command(image.image)
 cli.add_command(scan.scan)
+cli.add_command(push.push)
+cli.add_command(audit.audit)
 cli.add_command(compose.up)
 cli.add_command(compose.down)
 cli.add_command(door.door)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import click
 
-from ops import ROOT, artifacts_option
+from ops import KEY_FILE, artifacts_option
 from ops.docker import DockerError, docker, missing
-from ops.image import exists, labels, plan
+from ops.image import checks_of, exists, labels, plan
 
-KEY_FILE = ROOT / ".secrets" / "API_KEY"
 READY_S = 90  # for both containers to become healthy
 LINES = 15  # of the service's log, shown when it does not become ready
 
@@ -68,6 +67,17 @@ def wait_for(url: str, seconds: float) -> None:
     raise DockerError(f"{url}/ready: {last}")
 
 
+def start_checks(dev: bool, told: dict[str, str]) -> None:
+    """Start the checks on a schedule. What serves is not stopped because nobody watches it, but it is said."""
+    image = told["CHECKS_IMAGE"]
+    try:
+        if not exists(image):
+            raise DockerError(f"there is no image {image}; `make image` builds it, or name another in CHECKS_IMAGE")
+        compose("up", "--detach", "checks", dev=dev, environment=told)
+    except DockerError as error:
+        click.echo(f"Not checked on a schedule: {error.message}", err=True)
+
+
 @click.command(short_help="Start the service in containers and wait until it is ready.")
 @click.option("--image", "image_name", metavar="NAME", help="Default: the image of the commit that is checked out.")
 @click.option(
@@ -78,7 +88,8 @@ def wait_for(url: str, seconds: float) -> None:
 def up(image_name: str | None, place: str, dev: bool, artifacts: Path) -> None:
     """Start Envoy and the service from built images, wait until they are healthy, and print the URLs.
 
-    The API key is in .secrets/API_KEY; a random one is written there if there is none.
+    Then the checks on a schedule are started; without them the service runs all the same. The API key is in
+    .secrets/API_KEY; a random one is written there if there is none.
     """
     if why := missing():
         raise DockerError(why)
@@ -89,13 +100,14 @@ def up(image_name: str | None, place: str, dev: bool, artifacts: Path) -> None:
     make_key(key_file)
     told = {
         "SERVICE_IMAGE": name,
+        "CHECKS_IMAGE": os.environ.get("CHECKS_IMAGE") or checks_of(name),
         "APP_ENV": place,
         "MODEL_DIGEST": expected_digest(name, artifacts),
         "API_KEY_FILE": str(key_file.resolve()),
     }
     started = time.monotonic()
     try:
-        compose("up", "--detach", "--wait", "--wait-timeout", str(READY_S), dev=dev, environment=told)
+        compose("up", "--detach", "--wait", "--wait-timeout", str(READY_S), "envoy", dev=dev, environment=told)
         url = "http://" + compose("port", "envoy", "8080", environment=told, show=False).strip()
         wait_for(url, 10)
     except DockerError as error:
@@ -104,6 +116,7 @@ def up(image_name: str | None, place: str, dev: bool, artifacts: Path) -> None:
         said = "\n".join([line for line in logs if '"event":"request"' not in line][-LINES:])
         raise DockerError(f"{error.message}\n{said}\nNot ready. `make down` removes what was started.") from error
     click.echo(f"{name} is ready after {time.monotonic() - started:.1f} s, as {place}")
+    start_checks(dev, told)
     click.echo(f"  predictions  {url}/v1/predict   header X-API-Key: the text in {key_file}")
     click.echo(f"  readiness    {url}/ready")
     click.echo("Check it with `make smoke`, see its logs with `docker compose logs`, remove it with `make down`.")

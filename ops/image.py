@@ -102,6 +102,23 @@ def build(chosen: Plan, tag: str, *options: str, environment: Mapping[str, str] 
     docker("build", *given, "--tag", tag, *options, ".", environment=environment, show=True)
 
 
+def checks_of(image: str) -> str:
+    """Return the name of the checks' image that belongs to an image of the service: same place, same commit."""
+    name, _, digest = image.partition("@")
+    if digest:
+        return f"{name}-checks:sha-{labels(image)['revision']}"
+    name, tag = (image, "latest") if ":" not in image.rpartition("/")[2] else image.rsplit(":", 1)
+    return f"{name}-checks:{tag}"
+
+
+def build_checks(service: str) -> str:
+    """Build the image of the checks on top of an image of the service, and return its name."""
+    tag = checks_of(service)
+    given = ["--file", "ops/checks/Dockerfile", "--build-arg", f"SERVICE_IMAGE={service}", "--tag", tag]
+    docker("build", *given, ".", show=True)
+    return tag
+
+
 def layers(image: str) -> list[tuple[str, int]]:
     """Return the layers that hold anything, first to last: the instruction that made it, and its bytes."""
     lines = docker("image", "history", "--no-trunc", "--human=false", "--format", "{{json .}}", image).splitlines()
@@ -132,9 +149,10 @@ def report(image: str) -> str:
 
 @click.command(short_help="Build the service's image from this commit and one verified model.")
 @click.option("--model", metavar="VERSION", help="A registered version. Default: the one in channel prod.")
+@click.option("--archive", type=click.Path(path_type=Path), help="Save both images to this file, for `push`.")
 @artifacts_option
-def image(model: str | None, artifacts: Path) -> None:
-    """Build flight-disruption:sha-COMMIT and print the share of each layer.
+def image(model: str | None, archive: Path | None, artifacts: Path) -> None:
+    """Build flight-disruption:sha-COMMIT and print the share of each layer; then the image of the checks on top of it.
 
     A tag that names a commit is built once and then kept. With uncommitted changes the tag ends in -dirty and is
     built anew each time. The build fails unless the model passes its digest, its hashes and its golden requests.
@@ -150,4 +168,12 @@ def image(model: str | None, artifacts: Path) -> None:
             f"{chosen.tag} exists with another model ({labels(chosen.tag)['model']}), and a tag is never used twice; "
             f"name the model: python -m ops image --model {chosen.model}"
         )
+    if dirty or not exists(checks_of(chosen.tag)):
+        build_checks(chosen.tag)
     click.echo(report(chosen.tag))
+    more = sum(size for _, size in layers(checks_of(chosen.tag))) - sum(size for _, size in layers(chosen.tag))
+    click.echo(f"{checks_of(chosen.tag)}  {more / MIB:.1f} MiB on top of it")
+    if archive:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        docker("save", "--output", str(archive), chosen.tag, checks_of(chosen.tag))
+        click.echo(f"both are in {archive}, {archive.stat().st_size / MIB:.0f} MiB")

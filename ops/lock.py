@@ -1,4 +1,4 @@
-"""Resolve both lock files again, on purpose, and say what changed."""
+"""Resolve the lock files again, on purpose, and say what changed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ops import ROOT
 
 FULL_LOCK = "requirements.lock"
 SERVICE_LOCK = "service/requirements.lock"
+CHECKS_LOCK = "ops/checks/requirements.lock"
 # One resolution for Linux and macOS on both processors; hashes, so that an install gets exactly these files.
 COMMON = ["--universal", "--generate-hashes", "--python-version", "3.11", "--no-annotate", "--no-header"]
 
@@ -69,27 +70,31 @@ def compile_lock(root: Path, output: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", *arguments, *COMMON, "-o", str(output)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise click.ClickException(f"could not resolve {output.name}; both locks stay as they were.\n{done.stderr}")
+        raise click.ClickException(f"could not resolve {output.name}; all locks stay as they were.\n{done.stderr}")
 
 
-@click.command(short_help="Resolve both lock files again and print what changed.")
+@click.command(short_help="Resolve the lock files again and print what changed.")
 @click.option(
     "--upgrade/--no-upgrade", default=False, help="Take the newest allowed versions; default: change only what must."
 )
 def lock(upgrade: bool) -> None:
-    """Write requirements.lock, then service/requirements.lock as a subset of it with the same versions.
+    """Write requirements.lock, then two parts of it with the same versions.
 
-    Commit both. A failed resolution leaves both as they were.
+    service/requirements.lock is all that the service needs; ops/checks/requirements.lock is what the checks on a
+    schedule need on top of that. Commit all. A failed resolution leaves all as they were.
     """
     extra = ["--upgrade"] if upgrade else []
     with tempfile.TemporaryDirectory(prefix="lock-") as temporary:
-        full, service = Path(temporary, "full.lock"), Path(temporary, "service.lock")
+        full, service, checks = (Path(temporary, f"{name}.lock") for name in ("full", "service", "checks"))
         # uv keeps the versions it finds in the output file, unless told to upgrade.
         shutil.copy(ROOT / FULL_LOCK, full)
         shutil.copy(ROOT / SERVICE_LOCK, service)
+        shutil.copy(ROOT / CHECKS_LOCK, checks)
         compile_lock(ROOT, full, "--all-extras", *extra)
         compile_lock(ROOT, service, "-c", str(full), *extra)
-        for name, new in ((FULL_LOCK, full), (SERVICE_LOCK, service)):
+        there = [text for name, _ in read_lock(service) for text in ("--no-emit-package", name)]
+        compile_lock(ROOT, checks, "--extra", "checks", "-c", str(full), *there, *extra)
+        for name, new in ((FULL_LOCK, full), (SERVICE_LOCK, service), (CHECKS_LOCK, checks)):
             lines = changed(read_lock(ROOT / name), read_lock(new))
             click.echo(f"{name}: {len(lines) or 'no'} version{'' if len(lines) == 1 else 's'} changed")
             for line in lines:

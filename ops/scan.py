@@ -14,7 +14,7 @@ from typing import IO
 
 import click
 
-from ops.compose import KEY_FILE
+from ops import KEY_FILE
 from ops.docker import DockerError, docker
 from ops.image import REPOSITORY, own_start, revision
 
@@ -23,6 +23,8 @@ NAMES = re.compile(
     r"(?:^|/)(?:\.env(?:\..+)?|\.secrets|\.netrc|\.npmrc|\.pypirc|\.git|\.aws|\.ssh|pip\.conf|id_(?:rsa|dsa|ecdsa|ed25519)"
     r"|[^/]+\.(?:key|pem|p12|pfx|jks))(?:/|$)"
 )
+# Certificates of public authorities, as every browser has them: no secret, whatever the name. Looked into all the same.
+PUBLIC = re.compile(r"(?:^|/)certifi/cacert\.pem$")
 # What secrets look like, wherever they stand.
 FORMS = {
     "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----\s+[A-Za-z0-9+/=]{16}",
@@ -52,7 +54,7 @@ def scan_layer(layer: IO[bytes], secrets: list[bytes]) -> Iterator[str]:
     """Yield one line for each suspicious file of a layer, an uncompressed tar archive."""
     with tarfile.open(fileobj=layer, mode="r:*") as archive:
         for member in archive:
-            if NAMES.search(member.name):
+            if NAMES.search(member.name) and not PUBLIC.search(member.name):
                 yield f"{member.name}: a file of this name often holds a secret"
             if member.isfile() and (file := archive.extractfile(member)):
                 yield from (f"{member.name}: holds {what}" for what in suspects(file.read(), secrets))

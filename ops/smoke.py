@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from ops import ROOT
-from ops.compose import KEY_FILE
+from ops import KEY_FILE, ROOT
 
 
 class Failed(click.ClickException):
@@ -43,9 +42,14 @@ def listens(port: int) -> bool:
 
 
 def key_for(url: str) -> str | None:
-    """Return the key from API_KEY; for this machine, if there is none, the one of its containers."""
-    here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") and KEY_FILE.is_file()
-    return os.environ.get("API_KEY") or (KEY_FILE.read_text(encoding="ascii").strip() if here else None)
+    """Return the key: from API_KEY, from the secret of this container, or, for this machine, that of its containers."""
+    from mlops_course.serving import SECRETS
+
+    if given := os.environ.get("API_KEY"):
+        return given
+    here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    files = [SECRETS / "API_KEY", *([KEY_FILE] if here else [])]
+    return next((file.read_text(encoding="ascii").strip() for file in files if file.is_file()), None)
 
 
 def golden_of(version: str | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 
 from ops.docker import missing
 
-from .test_golden_path import MARK, clean_environment, copy_files, matches, steps
+from .test_golden_path import MARK, clean_environment, copy_files, difference, steps
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def clone(root: Path, artifacts_root: Path, tmp_path: Path) -> Generator[Path]:
     (folder / ".git" / "info" / "exclude").write_text(".venv\n")  # a link, while .gitignore names a folder
     shutil.copytree(artifacts_root, folder / "artifacts")
     yield folder
-    image = f"flight-disruption:sha-{commit.stdout.strip()}"
-    subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)
+    images = [f"{name}:sha-{commit.stdout.strip()}" for name in ("flight-disruption", "flight-disruption-checks")]
+    subprocess.run(["docker", "image", "rm", "--force", *images], capture_output=True, check=False)
 
 
 def test_every_command_prints_what_the_page_says(root: Path, clone: Path, unused_port: Callable[[], int]) -> None:
@@ -65,7 +65,8 @@ def test_every_command_prints_what_the_page_says(root: Path, clone: Path, unused
     assert len(outputs) == len(page) + 1, done.stderr
     for (command, expected), printed in zip(page, outputs, strict=False):
         told = printed.replace(f":{port}", ":8080")
-        assert matches(expected, told), f"$ {command}\n{told}\n{done.stderr[-3000:]}"
+        wrong = difference(expected, told)
+        assert wrong is None, f"$ {command}\n{wrong}\n{done.stderr[-3000:]}"
 
 
 def test_every_setting_is_explained(root: Path) -> None:

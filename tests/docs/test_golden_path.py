@@ -23,12 +23,69 @@ def steps(page: str) -> list[tuple[str, str]]:
     return found
 
 
-def matches(expected: str, printed: str) -> bool:
-    """Whether the output is the expected one, where `...` stands for anything, and runs of blanks are alike."""
-    blank = re.compile(r"\s+")
-    pieces = [re.escape(blank.sub(" ", piece)) for piece in expected.strip().split("...")]
-    pattern = r"[\s\S]*?".join(piece.replace(r"\ ", r"\s+") for piece in pieces)
-    return re.fullmatch(r"\s*" + pattern + r"\s*", printed) is not None
+def lines_of(text: str) -> list[str]:
+    """Return the lines that hold anything, with runs of blanks as one."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def same_line(expected: str, printed: str) -> bool:
+    """Whether a line is the expected one, where `...` stands for anything; ` ... ` may be a single blank."""
+    first, *rest = expected.split("...")
+    if not rest:
+        return printed == expected
+    if not printed.startswith(first):
+        return False
+    place = len(first)
+    for number, piece in enumerate(rest):
+        # The blank before `...` and the one after it can be the same.
+        shared = piece.startswith(" ") and printed[:place].endswith(" ")
+        start = place - shared
+        found = len(printed) - len(piece) if number == len(rest) - 1 else printed.find(piece, start)
+        if found < start or not printed.startswith(piece, found):
+            return False
+        place = found + len(piece)
+    return True
+
+
+def difference(expected: str, printed: str) -> str | None:
+    """Return where an output is not the expected one, or None. A line of `...` alone stands for any lines, or none.
+
+    What stands between two such lines is looked for at its first place, so the time grows with the output, not faster.
+    """
+    found, start = lines_of(printed), 0
+    blocks: list[list[str]] = [[]]
+    for line in lines_of(expected):
+        if line == "...":
+            blocks.append([])
+        else:
+            blocks[-1].append(line)
+    for number, block in enumerate(blocks):
+        end = max(start, len(found) - len(block))
+        places = [0] if number == 0 else [*range(start, end + 1)]
+        if number and number == len(blocks) - 1:
+            places = [end, *places]  # it has to be the end; the others say best what is wrong
+        agreed, place = 0, places[0]
+        for candidate in places:
+            same = 0
+            while same < len(block) and candidate + same < len(found):
+                if not same_line(block[same], found[candidate + same]):
+                    break
+                same += 1
+            if same > agreed:
+                agreed, place = same, candidate
+            if same == len(block):
+                break
+        start = place + agreed
+        if agreed < len(block):
+            return told_apart(block[agreed], found, start)
+    last = blocks[-1]
+    return None if start == len(found) or (len(blocks) > 1 and not last) else told_apart("nothing more", found, start)
+
+
+def told_apart(expected: str, found: list[str], place: int) -> str:
+    """Return a message about one line."""
+    printed = found[place] if place < len(found) else "the end of the output"
+    return f"line {place + 1} differs:\n  expected  {expected}\n  printed   {printed}"
 
 
 @pytest.mark.parametrize(
@@ -37,12 +94,41 @@ def matches(expected: str, printed: str) -> bool:
         ("a b", "a  b\n", True),
         ("a ... c", "a and then c", True),
         ("a ... c", "a and then d", False),
+        ("a ... c", "a c", True),
+        ("a ... c", "ac", False),
+        ("a ... b ... c", "a b c", True),
+        ("a ...", "a", False),
+        ("a...a", "a", False),
+        ("a...b...b", "ab", False),
+        ("a...b...c", "a c b", False),
         ("pass", "passed", False),
         ("", "something", False),
+        ("...", "", True),
+        ("...", "x\ny", True),
+        ("a\n...\nb", "a\nx\nb\ny\nb", True),
+        ("a\n...\nb", "a\nb\nx", False),
+        ("...\na\nb\n...\nd", "x\na\nc\na\nb\nd", True),
+        ("...\na\nb\n...\nd", "x\na\nc\na\nx\nd", False),
+        ("a\n...\na", "a", False),
+        ("a\nb", "a", False),
+        ("a", "a\nb", False),
     ],
 )
 def test_the_comparison_can_fail(expected: str, printed: str, same: bool) -> None:
-    assert matches(expected, printed) is same
+    assert (difference(expected, printed) is None) is same
+
+
+def test_the_comparison_names_the_first_line_that_differs() -> None:
+    assert difference("...\nb\nc", "a\nb\nx\nc") == "line 3 differs:\n  expected  c\n  printed   x"
+    assert difference("...\nb", "a\nb\nc") == "line 3 differs:\n  expected  nothing more\n  printed   c"
+    printed = "start\n" + "\n".join(f"line {number}" for number in range(20_000)) + "\nready after 3 s\nas dev\n"
+    assert difference("start\n...\nready after ... s\nas dev", printed) is None
+    assert difference("start\n...\nready after ... s\nas prod", printed) == (
+        "line 20003 differs:\n  expected  as prod\n  printed   as dev"
+    )
+    assert difference("...\nready ...\n...\nas prod\n...", printed) == (
+        "line 20003 differs:\n  expected  as prod\n  printed   as dev"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +184,7 @@ def test_make_course_prints_what_the_runbook_says(page: list[tuple[str, str]], r
     ).stdout
     assert recipe.strip().splitlines()[-1] == ".venv/bin/python -m ops course"
     printed = (course_build / "course.txt").read_text()
-    assert matches(expected, printed), printed
+    assert (wrong := difference(expected, printed)) is None, f"{wrong}\n{printed}"
 
 
 def test_every_other_command_prints_what_the_runbook_says(
@@ -123,7 +209,8 @@ def test_every_other_command_prints_what_the_runbook_says(
     assert len(outputs) == len(rest) + 1, done.stderr
     for (command, expected), printed in zip(rest, outputs, strict=False):
         told = printed.replace(f":{port}", ":8000")
-        assert matches(expected, told), f"$ {command}\n{told}\n{done.stderr}\n{log.read_text() if log.exists() else ''}"
+        wrong = difference(expected, told)
+        assert wrong is None, f"$ {command}\n{wrong}\n{done.stderr}\n{log.read_text() if log.exists() else ''}"
 
 
 def test_the_runbook_has_what_a_runbook_needs(page: list[tuple[str, str]], root: Path) -> None:

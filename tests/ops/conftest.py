@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Generator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from ops.docker import missing
-from ops.image import Plan, build, plan
+from ops.image import Plan, build, build_checks, plan
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,38 @@ def built_image(image_plan: Plan) -> Generator[str]:
     build(image_plan, name)
     yield name
     subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=True)
+
+
+@pytest.fixture(scope="session")
+def checks_image(built_image: str) -> Generator[str]:
+    """Return the image of the checks that belongs to it."""
+    name = build_checks(built_image)
+    yield name
+    subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=True)
+
+
+def docker(*arguments: str) -> str:
+    """Run docker and return what it printed."""
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def image_registry(engine: None) -> Generator[str]:
+    """Return the address of an image registry that runs for these tests."""
+    present = subprocess.run(["docker", "image", "inspect", "registry:2"], capture_output=True, check=False)
+    if present.returncode and subprocess.run(["docker", "pull", "--quiet", "registry:2"], check=False).returncode:
+        pytest.skip("needs the image registry:2, which is not here and cannot be pulled")
+    name = docker("run", "--detach", "--rm", "--publish", "127.0.0.1::5000", "registry:2")
+    host = docker("port", name, "5000/tcp").splitlines()[0]
+    end = time.monotonic() + 30
+    while True:
+        try:
+            if httpx.get(f"http://{host}/v2/").status_code == 200:
+                break
+        except httpx.TransportError:
+            assert time.monotonic() < end
+        time.sleep(0.1)
+    yield host
+    docker("rm", "--force", "--volumes", name)

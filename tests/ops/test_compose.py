@@ -22,7 +22,8 @@ import httpx
 import pytest
 import yaml
 
-from mlops_course.serving import EXAMPLE, PROBLEM_TYPE, Settings
+from mlops_course.release import fingerprint_of
+from mlops_course.serving import EXAMPLE, PROBLEM_TYPE, Settings, config_fingerprint
 from ops.compose import make_key
 
 HEAL_S = 60
@@ -70,9 +71,9 @@ class Stack:
         post = client.post if client else httpx.post
         return post(self.url + "/v1/predict", json=EXAMPLE, headers=self.headers, timeout=20)
 
-    def log(self) -> list[dict[str, Any]]:
-        """Return the service's log."""
-        lines = self.docker("logs", f"{self.project}-service-1").splitlines()
+    def log(self, name: str = "service") -> list[dict[str, Any]]:
+        """Return a container's log."""
+        lines = self.docker("logs", f"{self.project}-{name}-1").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
 
@@ -88,7 +89,11 @@ def left_over(project: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def make_stack(
-    built_image: str, artifacts_root: Path, tmp_path_factory: pytest.TempPathFactory, unused_port: Callable[[], int]
+    built_image: str,
+    checks_image: str,
+    artifacts_root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    unused_port: Callable[[], int],
 ) -> Generator[Callable[..., Stack]]:
     """Prepare stacks; `stack.ops('up')` starts one. All are removed in the end, whatever happened."""
     made: list[Stack] = []
@@ -99,6 +104,8 @@ def make_stack(
             "COMPOSE_PROJECT_NAME": f"flights-{name}-{os.getpid()}",
             "DOOR_PORT": str(unused_port()),
             "PORT": str(unused_port()),
+            # One round at the start; after it the tests have the service to themselves.
+            "CHECKS_EVERY_S": "3600",
             "API_KEY_FILE": str(tmp_path_factory.mktemp(name) / "secrets" / "API_KEY"),
         }
         made.append(Stack(own["COMPOSE_PROJECT_NAME"], built_image, keep | own, artifacts_root))
@@ -183,7 +190,7 @@ def test_the_service_has_no_way_out(stack: Stack) -> None:
     assert stack.docker("network", "inspect", "--format", "{{.Internal}}", *networks).strip() == "true"
 
 
-@pytest.mark.parametrize("name", ["service", "envoy"])
+@pytest.mark.parametrize("name", ["service", "envoy", "checks"])
 def test_containers_are_hardened_and_limited(stack: Stack, name: str) -> None:
     found = stack.container(name)
     host = found["HostConfig"]
@@ -287,6 +294,59 @@ def answered(stack: Stack) -> list[dict[str, Any]]:
     return [line for line in stack.log() if line.get("route") == "/v1/predict" and line["status"] == 200]
 
 
+def rounds(stack: Stack, *, ok: bool, after: int = 0) -> list[dict[str, Any]]:
+    """Wait for a round of the checks with this outcome, and return all rounds after the first `after`."""
+    end = time.monotonic() + HEAL_S
+    while time.monotonic() < end:
+        seen = stack.log("checks")[after:]
+        if any(one["ok"] is ok for one in seen):
+            return seen
+        time.sleep(0.2)
+    raise AssertionError(stack.docker("logs", f"{stack.project}-checks-1"))
+
+
+def test_the_schedule_says_what_clients_get(make_stack: Callable[..., Stack]) -> None:
+    """Through the door, with the key from its file: it passes, fails while nobody serves, and passes again."""
+    watched = make_stack("checks")
+    watched.environment["CHECKS_EVERY_S"] = "1"
+    # A setting of a release, given as `env $(python -m ops env prod)` would give it.
+    watched.environment["THRESHOLD"] = "0.5"
+    done = watched.ops("up", "--image", watched.image, "--artifacts", str(watched.artifacts))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Not checked" not in done.stderr
+    passed = next(one for one in rounds(watched, ok=True) if one["ok"])
+    assert (passed["url"], passed["failed"], passed["checks"]) == ("http://envoy:8080", {}, 4)
+    assert passed["latency_ms"]["answers"] == 94
+    key = {"X-API-Key": Path(watched.environment["API_KEY_FILE"]).read_text().strip()}
+    model = httpx.get(watched.url + "/v1/model", headers=key).json()
+    assert model["config"] == fingerprint_of({"THRESHOLD": "0.5"})
+    watched.docker("compose", "stop", "service")
+    before = len(watched.log("checks"))
+    failed = next(one for one in rounds(watched, ok=False, after=before) if not one["ok"])
+    assert all(detail.startswith("answered 503, not 200") for detail in failed["failed"].values()), failed
+    assert watched.container("checks")["RestartCount"] == 0
+    watched.docker("compose", "start", "service")
+    rounds(watched, ok=True, after=len(watched.log("checks")))
+    assert watched.ops("down").returncode == 0
+    assert left_over(watched.project) == []
+
+
+def test_the_checks_have_no_way_out_and_no_key_in_their_variables(stack: Stack) -> None:
+    found = stack.container("checks")
+    assert list(found["NetworkSettings"]["Networks"]) == [f"{stack.project}_back"]
+    assert not any(stack.headers["X-API-Key"] in value for value in found["Config"]["Env"])
+
+
+def test_without_the_image_of_the_checks_the_service_runs_all_the_same(make_stack: Callable[..., Stack]) -> None:
+    alone = make_stack("alone")
+    alone.environment["CHECKS_IMAGE"] = "flight-disruption-checks:absent"
+    done = alone.ops("up", "--image", alone.image, "--artifacts", str(alone.artifacts))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Not checked on a schedule: there is no image flight-disruption-checks:absent" in done.stderr
+    assert httpx.get(alone.url + "/ready").status_code == 200
+    assert alone.ops("down").returncode == 0
+
+
 def test_a_service_that_cannot_start_is_reported_with_its_own_words(make_stack: Callable[..., Stack]) -> None:
     broken = make_stack("broken")
     broken.environment["MODEL_DIGEST"] = "sha256:short"
@@ -370,7 +430,26 @@ def test_the_examples_defaults_are_the_real_ones(root: Path) -> None:
     text = "".join(path.read_text() for path in compose_files(root))
     compose = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", text))
     expected = {**own, **compose, "SERVICE_IMAGE": "flight-disruption:sha-...", "MODEL_DIGEST": "sha256:..."}
+    expected["CHECKS_IMAGE"] = "flight-disruption-checks:sha-..."
     assert given == expected
+
+
+def of_a_release() -> set[str]:
+    """Return the settings that change answers: each has another fingerprint with another value."""
+    plain = Settings.model_construct()
+    numbers = {
+        name: field.default for name, field in Settings.model_fields.items() if type(field.default) in (int, float)
+    }
+    other = {"threshold": 0.9, "log_level": "debug"} | {name: value + 1 for name, value in numbers.items()}
+    whole = config_fingerprint(plain)
+    return {name.upper() for name in other if config_fingerprint(plain.model_copy(update={name: other[name]})) != whole}
+
+
+def test_every_setting_of_a_release_reaches_the_container(root: Path) -> None:
+    given = yaml.safe_load((root / "docker-compose.yml").read_text())["services"]["service"]["environment"]
+    assert {name for name, value in given.items() if value is None} == of_a_release()
+    assert {"THRESHOLD", "MAX_BATCH"} <= of_a_release()
+    assert not {"LOG_LEVEL", "DRAIN_S", "PORT"} & of_a_release()
 
 
 @pytest.mark.parametrize("place", ["dev", "staging", "prod"])
@@ -379,6 +458,7 @@ def test_the_committed_configuration_is_valid_and_holds_no_secret(root: Path, pl
     values = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     assert values["APP_ENV"] == place
     assert not values.keys() & {"API_KEY", "MODEL_DIGEST"}
+    assert not values.keys() & of_a_release()
     chosen = Settings.model_validate(
         {name.lower(): value for name, value in values.items()} | {"app_env": "dev"}, strict=False
     )

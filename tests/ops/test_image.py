@@ -83,9 +83,10 @@ def build_from(
     subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=False)
 
 
-def test_hadolint_has_nothing_to_say(root: Path) -> None:
+@pytest.mark.parametrize("recipe", ["Dockerfile", "ops/checks/Dockerfile"])
+def test_hadolint_has_nothing_to_say(root: Path, recipe: str) -> None:
     linter = Path(sys.executable).parent / "hadolint"
-    done = subprocess.run([linter, root / "Dockerfile"], capture_output=True, text=True, check=False)
+    done = subprocess.run([linter, root / recipe], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -258,6 +259,29 @@ def test_the_scan_command(built_image: str) -> None:
     absent = CliRunner().invoke(cli, ["scan", "flight-disruption:absent"])
     assert absent.exit_code == 1
     assert "No such image" in absent.output
+
+
+def test_the_checks_image_is_the_services_with_little_on_top(built_image: str, checks_image: str) -> None:
+    below, whole = layers(built_image), layers(checks_image)
+    assert whole[: len(below)] == below
+    assert 0 < sum(size for _, size in whole[len(below) :]) < 5 * MIB
+    assert labels(checks_image) == labels(built_image)
+    show = "import os, sys, httpx, ops.synthetic; print(os.getuid(), 'onnx' in sys.modules)"
+    done = run(checks_image, "python", "-c", show)
+    assert done.stdout.split() == ["10001", "False"], done.stderr
+    assert scan.findings(checks_image) == []
+
+
+def test_the_checks_image_says_when_nobody_answers(checks_image: str) -> None:
+    done = run(checks_image, "python", "-m", "ops.synthetic", "--url", "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["failed"] == {"probabilities": "no answer (ConnectError)"}
+
+
+def test_checks_belong_to_an_image_by_name_and_tag() -> None:
+    assert ops.image.checks_of("flight-disruption:sha-1") == "flight-disruption-checks:sha-1"
+    assert ops.image.checks_of("host:5000/a/flights:v1.0.0") == "host:5000/a/flights-checks:v1.0.0"
+    assert ops.image.checks_of("host:5000/flights") == "host:5000/flights-checks:latest"
 
 
 @pytest.fixture

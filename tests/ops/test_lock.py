@@ -1,4 +1,4 @@
-"""The two committed lock files, and how their changes are reported."""
+"""The committed lock files, and how their changes are reported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ops.lock import FULL_LOCK, SERVICE_LOCK, changed, read_lock, versions
+from ops.lock import CHECKS_LOCK, FULL_LOCK, SERVICE_LOCK, changed, read_lock, versions
 
 ONE = "sha256:" + "1" * 64
 TWO = "sha256:" + "2" * 64
@@ -21,7 +21,15 @@ def test_the_service_lock_is_a_part_of_the_full_lock(root):
     assert names & {"pandas", "scikit-learn", "skl2onnx", "evidently", "matplotlib", "nbdev"} == set()
 
 
-@pytest.mark.parametrize("name", [FULL_LOCK, SERVICE_LOCK])
+def test_the_checks_lock_is_what_the_services_lacks(root):
+    full, service, checks = (read_lock(root / name) for name in (FULL_LOCK, SERVICE_LOCK, CHECKS_LOCK))
+    assert {pin: hashes for pin, hashes in checks.items() if full.get(pin) != hashes} == {}
+    assert versions(checks).keys() & versions(service).keys() == set()
+    assert "httpx" in versions(checks)
+    assert len(checks) < 6
+
+
+@pytest.mark.parametrize("name", [FULL_LOCK, SERVICE_LOCK, CHECKS_LOCK])
 def test_a_lock_names_packages_and_hashes_and_no_place(root, name):
     lines = (root / name).read_text().splitlines()
     pin = r"[a-z0-9._-]+==[^\s;]+( ; [^\\]+)? \\"

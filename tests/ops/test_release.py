@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from click.testing import CliRunner, Result
 
 import ops.image
 from mlops_course import release as chapter
 from mlops_course.blueprint import MODEL_NAME, read_registry
-from mlops_course.release import Store, asking, image_labels, make_release, read_ledger, tag_image, tagged_digest
+from mlops_course.release import (
+    Store,
+    asking,
+    expected_of,
+    find_release,
+    image_labels,
+    make_release,
+    read_ledger,
+    tag_image,
+    tagged_digest,
+)
+from mlops_course.serving import EXAMPLE
 from ops import smoke
 from ops.__main__ import cli
 from ops.image import Plan, build
+
+from .conftest import docker
 
 SHA = "a" * 40
 KEY = "k7Qz9-mR2vXw8-Lp4tNb6"  # only here; not a secret
@@ -178,33 +192,6 @@ def test_fetch_brings_a_verified_model_or_nothing(artifacts, tmp_path):
 # --- Images, in a real registry ---------------------------------------------------------------------------------
 
 
-def docker(*arguments: str) -> str:
-    """Run docker and return what it printed."""
-    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def image_registry(engine: None) -> Generator[str]:
-    """Return the address of an image registry that runs for these tests."""
-    present = subprocess.run(["docker", "image", "inspect", "registry:2"], capture_output=True, check=False)
-    if present.returncode and subprocess.run(["docker", "pull", "--quiet", "registry:2"], check=False).returncode:
-        pytest.skip("needs the image registry:2, which is not here and cannot be pulled")
-    name = docker("run", "--detach", "--rm", "--publish", "127.0.0.1::5000", "registry:2")
-    host = docker("port", name, "5000/tcp").splitlines()[0]
-    end = time.monotonic() + 30
-    while True:
-        try:
-            if httpx.get(f"http://{host}/v2/").status_code == 200:
-                break
-        except httpx.TransportError:
-            assert time.monotonic() < end
-        time.sleep(0.1)
-    yield host
-    docker("rm", "--force", "--volumes", name)
-
-
 @pytest.fixture(scope="module")
 def images(image_registry: str, image_plan: Plan) -> Generator[tuple[str, str]]:
     """Build one commit twice, push both, and return them by digest."""
@@ -320,3 +307,34 @@ def test_an_image_that_is_gone_stops_a_rollback_before_anything_moves(images, ru
     assert "is not in its registry; push it again, or choose another release" in refused(run("rollback"))
     assert (artifacts / MODEL_NAME / "ledger.jsonl").read_bytes() == before
     assert tagged_digest(images[1], "prod") == images[1].partition("@")[2]
+
+
+def test_up_runs_exactly_the_release_in_the_ledger(
+    images, image_plan, run, artifacts, tmp_path, unused_port, monkeypatch
+):
+    """As an operator does it: pull the image, `env $(python -m ops env staging) python -m ops up`."""
+    image, project = images[0], f"flights-release-{os.getpid()}"
+    pairs = ["--set", "THRESHOLD=0.5", "--set", "MAX_BATCH=50"]
+    digest = fine(run("release", image_plan.model, "--git-sha", SHA, "--image", image, "--quiet", *pairs)).strip()
+    tested = docker("image", "inspect", "--format", "{{.Id}}", image)
+    docker("image", "rm", "--force", image)
+    docker("pull", "--quiet", image)
+    key_file, port = tmp_path / "secrets" / "API_KEY", unused_port()
+    own = {"COMPOSE_PROJECT_NAME": project, "DOOR_PORT": str(port), "API_KEY_FILE": str(key_file)}
+    environment = {**os.environ, **own, **variables_of(fine(run("env", "candidate")))}
+    up = [sys.executable, "-m", "ops", "up", "--env", "staging"]
+    try:
+        done = subprocess.run(up, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert docker("inspect", "--format", "{{.Image}}", f"{project}-service-1") == tested
+        monkeypatch.setenv("API_KEY", key_file.read_text().strip())
+        url = f"http://127.0.0.1:{port}"
+        with asking(url, key_file.read_text().strip()) as ask:
+            served = ask("GET", "/v1/model").body
+            refused_batch = ask("POST", "/v1/predict/batch", {"flights": [EXAMPLE] * 51})
+        made = find_release(read_ledger(Store(artifacts / MODEL_NAME)), digest)
+        assert expected_of(made).items() <= served.items()
+        assert (served["service_git_sha"], served["threshold"], refused_batch.status) == (SHA, 0.5, 422)
+        fine(run("promote", digest, "--to", "staging", "--url", url))
+    finally:
+        subprocess.run([*up[:3], "down"], env=environment, capture_output=True, check=True)

@@ -126,6 +126,15 @@ def test_the_guide_names_every_error(guide: str) -> None:
         assert re.search(rf"^\| {error.status} \| `{error.kind}` \|", guide, re.MULTILINE), error.kind
 
 
+def test_the_guide_names_what_only_the_router_answers(guide: str, root: Path) -> None:
+    """`tests/service/test_door.py` knows the same two; statuses and kinds come from Envoy's configuration here."""
+    said = re.findall(r"problem:([a-z-]+)", (root / "ops" / "envoy" / "envoy.yaml").read_text())
+    rows = {(kind, status) for status, kind in re.findall(r"^\| (\d{3}) \| `([a-z-]+)` \|", guide, re.MULTILINE)}
+    service = {(error.kind, str(error.status)) for error in ERRORS}
+    assert rows - service == {("unavailable", "503"), ("timeout", "504")}
+    assert {kind for kind, _ in rows - service} == set(said) - {error.kind for error in ERRORS}
+
+
 def test_the_guide_names_every_route(guide: str, app: Service) -> None:
     for path in app.openapi()["paths"]:
         assert path in guide
