@@ -26,6 +26,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mlops_course.blueprint._advice': ('blueprint.html#_advice', 'mlops_course/blueprint.py'),
                                         'mlops_course.blueprint._already_there': ( 'blueprint.html#_already_there',
                                                                                    'mlops_course/blueprint.py'),
+                                        'mlops_course.blueprint._category_reference': ( 'blueprint.html#_category_reference',
+                                                                                        'mlops_course/blueprint.py'),
                                         'mlops_course.blueprint._first': ('blueprint.html#_first', 'mlops_course/blueprint.py'),
                                         'mlops_course.blueprint._identity': ('blueprint.html#_identity', 'mlops_course/blueprint.py'),
                                         'mlops_course.blueprint._number': ('blueprint.html#_number', 'mlops_course/blueprint.py'),

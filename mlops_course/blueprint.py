@@ -956,22 +956,30 @@ def category_shares(
     shares = {str(name): float(-count / len(values)) for count, name in top}
     return {**shares, OTHER: max(0.0, 1.0 - sum(shares.values()))}
 
-# %% ../chapters/01_blueprint.ipynb #48419b7f
+# %% ../chapters/01_blueprint.ipynb #0c7789f8
 def _number_reference(values: np.ndarray) -> dict[str, Any]:
     "Edges and shares of one column of numbers."
     edges = bin_edges(values)
     return {"edges": edges, "shares": number_shares(values, edges)}
 
-# %% ../chapters/01_blueprint.ipynb #13b8c0dc
+
+def _category_reference(values: Sequence[str]) -> dict[str, Any]:
+    "Shares of the common categories, and every category that training saw: what is not in it is unknown."
+    return {"shares": category_shares(values), "known": sorted(set(values))}
+
+# %% ../chapters/01_blueprint.ipynb #4a90657b
 def make_reference(
     flights: "pd.DataFrame",  # the training rows, with all `FEATURES`
     scores: np.ndarray,  # (n,) the model's probabilities for them
 ) -> dict[str, Any]:
-    "Bin edges and expected shares of every feature and of the score."
-    features: dict[str, Any] = {n: {"shares": category_shares(flights[n].tolist())} for n in CATEGORICAL}
+    "Bin edges and expected shares of every feature and of the score, all known categories, and the score by origin."
+    features: dict[str, Any] = {n: _category_reference(flights[n].tolist()) for n in CATEGORICAL}
     for name in NUMERIC:
         features[name] = _number_reference(flights[name].to_numpy(float))
-    return {"rows": len(flights), "features": features, "score": _number_reference(scores)}
+    score = _number_reference(scores)
+    origins = flights["origin"].to_numpy(str)
+    by_origin = {o: number_shares(scores[origins == o], score["edges"]) for o in ORIGINS if (origins == o).any()}
+    return {"rows": len(flights), "features": features, "score": {**score, "by_origin": by_origin}}
 
 # %% ../chapters/01_blueprint.ipynb #af8e32b1
 def practice(

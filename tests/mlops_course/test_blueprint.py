@@ -30,6 +30,7 @@ from mlops_course.blueprint import (
     MANIFEST,
     MISSING,
     NUMERIC,
+    CATEGORICAL,
     ORIGINS,
     OTHER,
     OUTCOMES,
@@ -942,6 +943,10 @@ def test_the_reference_covers_every_feature_and_the_score(rows):
     assert set(reference["features"]) == set(FEATURES)
     for part in (*reference["features"].values(), reference["score"]):
         assert sum(part["shares"].values()) == pytest.approx(1, abs=1e-9)
+    for name in CATEGORICAL:
+        assert reference["features"][name]["known"] == sorted(set(rows[name]))
+    parts = [(reference["score"]["by_origin"][o][b] * (rows.origin == o).mean()) for o in ORIGINS for b in ("0", "9")]
+    assert sum(parts) == pytest.approx(reference["score"]["shares"]["0"] + reference["score"]["shares"]["9"])
     assert json.loads(canonical_json(reference)) == reference
 
 
