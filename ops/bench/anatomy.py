@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mlops_course.monitoring import STAGES
 from mlops_course.serving import Call, NullObserver, Observer, Service, build_app, load_settings
-from service.observer import STAGES, LogObserver
+from service.observer import ServiceObserver
 
 REQUESTS, ROUNDS = 2_000, 7
 
 
-class Watched(LogObserver):
+class Watched(ServiceObserver):
     """The service's own observer, which also keeps the stages of each request."""
 
     def __init__(self, *arguments: Any) -> None:
