@@ -30,7 +30,7 @@ class ServiceObserver:
     def watch(self, runtime: Runtime) -> None:
         """Let the metrics ask the running application how full it is."""
         limits = runtime.settings
-        self.metrics.watch(
+        self.metrics.service.watch(
             Load(
                 waiting=lambda: runtime.waiting,
                 waiting_limit=limits.max_waiting,
@@ -41,21 +41,21 @@ class ServiceObserver:
 
     def loaded(self, model: Model) -> None:
         """Count from zero for this model; log that it is served, and how long each step of loading took."""
-        version = model.manifest.version
-        self.metrics.loaded(version, model.digest, model.threshold, model.reference, model.seconds)
-        self.line.add_to_all(self.metrics.release._asdict())
+        release = self.metrics.release._replace(model=model.manifest.version, digest=model.digest)
+        self.metrics.begin(release, model.reference, model.threshold, model.seconds)
+        self.line.add_to_all(release._asdict())
         steps = {name: round(seconds * 1000, 1) for name, seconds in model.seconds.items()}
         self._log.info("model_loaded", ms=steps, threshold=model.threshold)
 
     def load_failed(self, reason: str) -> None:
         """Log why a model was refused, and where it was looked for: the reason itself names no folder."""
-        self.metrics.load_failed()
+        self.metrics.service.load_failed()
         self._log.error("model_refused", reason=reason, source=self._source)
 
     def scored(self, call: Call, ids: Sequence[str], rows: Sequence[Row], scores: Sequence[Score]) -> None:
         """Count what came and what was answered; write a share of the predictions one by one, if that is wanted."""
         probabilities, disrupted = zip(*scores, strict=True)
-        call.missing, call.unknown = self.metrics.scored(rows, probabilities, disrupted)
+        call.missing, call.unknown = self.metrics.model.add(rows, probabilities, disrupted)
         if self._share:
             for name, row, score in zip(ids, rows, scores, strict=True):
                 if is_sampled(name, self._share):
@@ -68,7 +68,7 @@ class ServiceObserver:
 
     def answered(self, call: Call) -> None:
         """Count and log one request. Without structlog's call chain, which costs more than validating a request."""
-        self.metrics.request(call.route, call.method, call.status, call.seconds, call.stages, call.mistakes)
+        self.metrics.requests.add(call.route, call.method, call.status, call.seconds, call.stages, call.mistakes)
         if self._quiet:
             return
         line: dict[str, object] = {
@@ -94,7 +94,7 @@ class ServiceObserver:
 
     def lag(self, seconds: float) -> None:
         """Note how late the event loop was."""
-        self.metrics.lag(seconds)
+        self.metrics.service.lag(seconds)
 
     def exposition(self) -> tuple[bytes, str]:
         """Return the page for Prometheus."""
