@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mlops_course.blueprint import CATEGORICAL, MISSING, MODEL_NAME, NUMERIC, ORIGINS, number_shares
+from mlops_course.blueprint import CATEGORICAL, CRITERIA, MISSING, MODEL_NAME, NUMERIC, ORIGINS, number_shares
 from mlops_course.monitoring import (
-    CRITERIA,
     LATENCY_EDGES,
     LOG_FIELDS,
     MISTAKE_FIELDS,
