@@ -276,7 +276,7 @@ def test_what_is_not_listed_is_not_written():
     line = json.loads(JsonLine()(None, "info", {"event": "request", "status": 200, "password": "hunter2", "body": "x"}))
     assert "hunter2" not in str(line)
     assert set(line) <= set(LOG_FIELDS)
-    assert line["message"] == "2 fields were left out"
+    assert line["message"] == "fields left out: 2"
 
 
 def test_a_line_keeps_what_is_listed_and_what_is_common():
@@ -284,7 +284,7 @@ def test_a_line_keeps_what_is_listed_and_what_is_common():
     line.add_to_all({"model": "1.0.0", "secret": "hunter2"})
     written = json.loads(line(None, "error", {"event": "failed", "route": "/v1/predict"}))
     assert written.pop("time").endswith("Z")
-    assert written == {"level": "error", "event": "failed", "route": "/v1/predict", "model": "1.0.0", "message": "1 fields were left out"}
+    assert written == {"level": "error", "event": "failed", "route": "/v1/predict", "model": "1.0.0", "message": "fields left out: 1"}
 
 
 def test_an_event_within_the_policy_is_unchanged():
