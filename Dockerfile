@@ -44,8 +44,8 @@ WORKDIR /app
 # MODEL is the folder of one artifact, below the project.
 ARG MODEL=artifacts/flight-disruption/1.0.0
 COPY ${MODEL}/ model/
-# Only the chapters that the service imports. Chapter 5 adds monitoring.py.
-COPY mlops_course/__init__.py mlops_course/blueprint.py mlops_course/serving.py mlops_course/
+# Only the chapters that the service imports.
+COPY mlops_course/__init__.py mlops_course/blueprint.py mlops_course/serving.py mlops_course/monitoring.py mlops_course/
 COPY service/*.py service/
 
 # The modes of the working copy depend on who checked it out; in the image everybody may read and nobody may write.

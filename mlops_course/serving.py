@@ -2,19 +2,19 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'BATCH_LIMIT', 'SECRETS', 'LogLevel', 'MIN_KEY', 'LOCAL_TIME', 'DECIMALS', 'ERRORS', 'PROBLEM_TYPE',
-           'MAX_ERRORS', 'Row', 'CONTRACT_MAJOR', 'GOLDEN_TOLERANCE', 'WARM_UP', 'Schema', 'Head', 'Handler', 'GONE',
-           'DIRECT', 'v1', 'operations', 'RuntimeDep', 'PULSE', 'ALWAYS', 'Limits', 'Settings', 'check_setting',
+           'REASONS', 'MAX_ERRORS', 'Row', 'CONTRACT_MAJOR', 'GOLDEN_TOLERANCE', 'WARM_UP', 'Schema', 'Head', 'Handler',
+           'GONE', 'DIRECT', 'v1', 'operations', 'RuntimeDep', 'PULSE', 'ALWAYS', 'Limits', 'Settings', 'check_setting',
            'check_secret', 'ConfigError', 'load_settings', 'config_fingerprint', 'model_source', 'Schedule',
            'PredictRequest', 'BatchRequest', 'Prediction', 'BatchPrediction', 'FieldError', 'Problem', 'Score',
            'decide', 'ServiceError', 'InvalidInput', 'TooLarge', 'WrongMediaType', 'SlowBody', 'NotHttp',
            'HeadersTooLarge', 'Unauthorised', 'NotFound', 'WrongMethod', 'NotReady', 'Overloaded', 'Answer', 'problem',
-           'field_errors', 'invalid', 'accept_id', 'new_id', 'new_ids', 'features', 'run_graph', 'Model',
-           'check_compatible', 'replay', 'load_model', 'warm_up', 'Call', 'Observer', 'NullObserver', 'Runtime',
-           'reload', 'render', 'parse', 'score_one', 'score_batch', 'read_head', 'check_key', 'check_body', 'admit',
-           'hold', 'ClientGone', 'collect', 'read_body', 'answer_one', 'answer_batch', 'respond', 'describe', 'closing',
-           'finish', 'deliver', 'runtime_of', 'as_response', 'documented', 'predict', 'predict_batch', 'ModelInfo',
-           'served_model', 'Status', 'health', 'ready', 'metrics', 'open_call', 'bounded', 'Service', 'run_watched',
-           'translated', 'watch_lag', 'lifespan', 'complete', 'build_app', 'turned_away']
+           'reason_of', 'bare_field', 'field_errors', 'invalid', 'accept_id', 'accept_trace', 'new_id', 'new_ids',
+           'features', 'run_graph', 'Model', 'check_compatible', 'replay', 'load_model', 'warm_up', 'Call', 'Observer',
+           'NullObserver', 'Runtime', 'reload', 'render', 'parse', 'score_one', 'score_batch', 'read_head', 'check_key',
+           'check_body', 'admit', 'hold', 'ClientGone', 'collect', 'read_body', 'answer_one', 'answer_batch', 'respond',
+           'describe', 'closing', 'traces', 'finish', 'deliver', 'runtime_of', 'as_response', 'documented', 'predict',
+           'predict_batch', 'ModelInfo', 'served_model', 'Status', 'health', 'ready', 'metrics', 'open_call', 'bounded',
+           'Service', 'run_watched', 'translated', 'watch_lag', 'lifespan', 'complete', 'build_app', 'turned_away']
 
 # %% ../chapters/03_serving.ipynb #80a443d7
 import asyncio
@@ -121,7 +121,7 @@ def _lower(value: Any) -> Any:
 
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
 
-# %% ../chapters/03_serving.ipynb #69825a73
+# %% ../chapters/03_serving.ipynb #ccaa3c44
 class Settings(Limits):
     "Everything that may differ between two places where the service runs. Immutable."
 
@@ -135,6 +135,7 @@ class Settings(Limits):
         None, pattern=r"^sha256:[0-9a-f]{64}$", description="digest of the artifact, sha256:…"
     )
     threshold: float | None = Field(None, ge=0, le=1, description="threshold in place of the model's, 0 to 1")
+    event_share: float = Field(0, ge=0, le=1, description="share of predictions logged one by one, 0 to 1")
     api_key: SecretStr | None = Field(None, description="key: 16 or more random printable characters")
 
     _checks = field_validator("git_sha", "model_uri", "model_digest", "api_key")(
@@ -469,7 +470,8 @@ def _fix(
     null = ", or null if it is not known" if column.nullable else ""
     return f"send a number from {column.low:g} to {column.high:g} ({column.unit}){null}"
 
-# %% ../chapters/03_serving.ipynb #30140b78
+# %% ../chapters/03_serving.ipynb #5d995c9e
+_NO_TIME = "is not a local time without offset"
 _PROBLEMS = {  # pydantic's name for a mistake -> ours
     "missing": "is missing",
     "float_type": "is not a number",
@@ -486,6 +488,31 @@ _PROBLEMS = {  # pydantic's name for a mistake -> ours
     "too_long": "is too long",
     "extra_forbidden": "is not part of the contract",
 }
+
+# %% ../chapters/03_serving.ipynb #7f82abb4
+_REASONS = {  # what is wrong -> the same in a word, for logs and metrics
+    **dict.fromkeys(("float_type", "string_type", "model_type", "list_type"), "wrong_type"),
+    **dict.fromkeys(("finite_number", "greater_than_equal", "less_than_equal"), "out_of_range"),
+    **dict.fromkeys(("string_pattern_mismatch", "literal_error"), "wrong_form"),
+    **dict.fromkeys(("too_short", "too_long"), "wrong_length"),
+    "missing": "missing",
+    "json_invalid": "not_json",
+    "extra_forbidden": "unknown_field",
+}
+_REASON_OF = {text: _REASONS[kind] for kind, text in _PROBLEMS.items()} | {_NO_TIME: "wrong_form"}
+REASONS = (*dict.fromkeys(_REASONS.values()), "other")
+
+
+def reason_of(error: FieldError) -> str:
+    "Why a field was refused, as one of `REASONS`."
+    return _REASON_OF.get(error.problem, "other")
+
+
+def bare_field(
+    name: str,  # as an error names it, such as flights[3].dest
+) -> str:
+    "The field alone: a word from a fixed list, whatever was sent."
+    return name.rpartition(".")[2].partition("[")[0].strip("()")
 
 # %% ../chapters/03_serving.ipynb #227c1120
 MAX_ERRORS = 20  # mistakes that are named; with more, the answer only says that there are many
@@ -509,7 +536,7 @@ def _place(
     path = "".join(f"[{part}]." if isinstance(part, int) else part for part in before)
     return (path, last) if isinstance(last, str) else (f"{path}[{last}]", "")
 
-# %% ../chapters/03_serving.ipynb #8425d302
+# %% ../chapters/03_serving.ipynb #9196c2af
 def field_errors(
     error: ValidationError,  # from `PredictRequest` or `BatchRequest`
 ) -> list[FieldError]:
@@ -520,7 +547,7 @@ def field_errors(
         unknown = kind == "extra_forbidden"
         shown, fix = ("(unknown)", _unknown_field(name)) if unknown else (name, _fix(name))
         wrong_time = name == "scheduled_departure" and kind.startswith("string")
-        problem = "is not a local time without offset" if wrong_time else _PROBLEMS.get(kind, "is not acceptable")
+        problem = _NO_TIME if wrong_time else _PROBLEMS.get(kind, "is not acceptable")
         found.append(FieldError(field=path + shown, problem=problem, fix=fix))
     return found
 
@@ -545,6 +572,16 @@ def accept_id(
 ) -> str:
     "The id if it is a UUID or 32 hex digits, otherwise the empty text."
     return text if text is not None and _is_id(text) else ""
+
+# %% ../chapters/03_serving.ipynb #61cdc142
+_is_trace = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
+
+
+def accept_trace(
+    text: str,  # header traceparent, as a client sent it
+) -> str:
+    "The header if it has the form of W3C Trace Context, version 00; otherwise the empty text."
+    return text if _is_trace(text) else ""
 
 # %% ../chapters/03_serving.ipynb #5c311ffc
 def new_id() -> str:
@@ -754,7 +791,7 @@ def _load(folder: Path, digest: str | None, threshold: float | None) -> Model:
     chosen = manifest.threshold if threshold is None else threshold
     return Model(manifest, found, chosen, bins, session, seconds)
 
-# %% ../chapters/03_serving.ipynb #2b298ff6
+# %% ../chapters/03_serving.ipynb #1d5aa783
 @dataclass(slots=True)
 class Call:
     "One HTTP request, from its first byte to its answer. Holds nothing of the payload."
@@ -766,8 +803,12 @@ class Call:
     status: int = 0  # 499 if the client left before it was answered
     seconds: float = 0.0  # from the first byte to the last
     problem: str = ""  # kind of the error, such as 'invalid-input'
-    fields: tuple[str, ...] = ()  # names of refused fields
+    mistakes: tuple[tuple[str, str], ...] = ()  # refused fields, each with the reason in a word
     rows: int = 0  # flights scored
+    disrupted: int = 0  # of them, those that were warned about
+    missing: int = 0  # values that were not known; set by an observer that counts them
+    unknown: int = 0  # categories that training never saw; likewise
+    trace: str = ""  # the client's traceparent, if it sent one
     stages: tuple[float, float, float, float] | None = None  # seconds: validate, features, model, respond
 
 # %% ../chapters/03_serving.ipynb #84557c0f
@@ -878,7 +919,7 @@ def _stages(*marks: float) -> tuple[float, float, float, float]:
     start, validated, derived, scored, done = marks
     return validated - start, derived - validated, scored - derived, done - scored
 
-# %% ../chapters/03_serving.ipynb #210f6643
+# %% ../chapters/03_serving.ipynb #7767afe7
 def score_one(
     runtime: Runtime,
     call: Call,
@@ -895,10 +936,11 @@ def score_one(
     call.request_id = call.request_id or accept_id(flight.request_id) or new_id()
     answer = render((call.request_id,), (score,), model)[0].encode()
     runtime.observer.scored(call, (call.request_id,), (row,), (score,))
-    call.rows, call.stages = 1, _stages(start, validated, derived, scored, time.perf_counter())
+    call.rows, call.disrupted = 1, int(score.disrupted)
+    call.stages = _stages(start, validated, derived, scored, time.perf_counter())
     return answer
 
-# %% ../chapters/03_serving.ipynb #547e6993
+# %% ../chapters/03_serving.ipynb #7e03602c
 def score_batch(
     runtime: Runtime,
     call: Call,
@@ -917,7 +959,8 @@ def score_batch(
     ids = [accept_id(f.request_id) or fresh for f, fresh in zip(flights, new_ids(len(flights)), strict=True)]
     items = ",".join(render(ids, scores, model))
     runtime.observer.scored(call, ids, rows, scores)
-    call.rows, call.stages = len(rows), _stages(start, validated, derived, scored, time.perf_counter())
+    call.rows, call.disrupted = len(rows), sum(score.disrupted for score in scores)
+    call.stages = _stages(start, validated, derived, scored, time.perf_counter())
     return f'{{"request_id":"{call.request_id}","predictions":[{items}]}}'.encode()
 
 # %% ../chapters/03_serving.ipynb #1927c571
@@ -934,10 +977,11 @@ def _check_batch(size: int, limit: int) -> None:
         fix = FieldError(field="flights", problem=_PROBLEMS["too_long"], fix=f"send at most {limit} flights")
         raise InvalidInput("Refused: flights.", [fix])
 
-# %% ../chapters/03_serving.ipynb #a7ed3669
+# %% ../chapters/03_serving.ipynb #833c2dbd
 Head = dict[bytes, bytes]  # the few headers that the service looks at
 Handler = Callable[[Runtime, Call, Head, Receive], Awaitable[Answer]]
-_WANTED = frozenset((b"content-type", b"content-length", b"content-encoding", b"x-request-id", b"x-api-key"))
+_BODY_HEADERS = (b"content-type", b"content-length", b"content-encoding")
+_WANTED = frozenset((*_BODY_HEADERS, b"x-request-id", b"x-api-key", b"traceparent"))
 
 
 def read_head(
@@ -1085,17 +1129,23 @@ async def respond(handler: Handler, runtime: Runtime, call: Call, head: Head, re
         runtime.observer.failed(call, error)
         return answer
 
-# %% ../chapters/03_serving.ipynb #8881f80e
+# %% ../chapters/03_serving.ipynb #288dd7e2
 def describe(call: Call, error: ServiceError) -> Answer:
     "Note the error in the call, and make its answer."
     call.request_id = call.request_id or new_id()
-    call.problem, call.fields = error.kind, tuple(e.field for e in error.errors)
+    call.problem, call.mistakes = error.kind, tuple((bare_field(e.field), reason_of(e)) for e in error.errors)
     return problem(error, call.request_id)
 
-# %% ../chapters/03_serving.ipynb #fd34720a
+# %% ../chapters/03_serving.ipynb #a43dd6fb
 def closing(runtime: Runtime) -> tuple[tuple[bytes, bytes], ...]:
     "While the service stops, each answer asks the client to open a new connection, elsewhere."
     return ((b"connection", b"close"),) if runtime.draining else ()
+
+
+def traces(call: Call) -> tuple[tuple[bytes, bytes], ...]:
+    "By what an answer can be found again: the request id, and the client's trace if it sent one."
+    own = (b"x-request-id", call.request_id.encode())
+    return (own, (b"traceparent", call.trace.encode())) if call.trace else (own,)
 
 
 def finish(
@@ -1107,12 +1157,11 @@ def finish(
     call.status, call.seconds = status, time.perf_counter() - call.started
     runtime.observer.answered(call)
 
-# %% ../chapters/03_serving.ipynb #2c00b8f3
+# %% ../chapters/03_serving.ipynb #cbaade63
 async def deliver(runtime: Runtime, call: Call, answer: Answer, send: Send) -> None:
     "Send an answer with its length and the request id, and tell the observer."
     if answer.status != GONE:
-        own = [(b"content-length", b"%d" % len(answer.body)), (b"x-request-id", call.request_id.encode())]
-        headers = [*answer.headers, *own, *closing(runtime)]
+        headers = [*answer.headers, (b"content-length", b"%d" % len(answer.body)), *traces(call), *closing(runtime)]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
     finish(runtime, call, answer.status)
@@ -1180,13 +1229,18 @@ def documented(
         _document(entries.setdefault(error.status, {}), error)
     return entries
 
-# %% ../chapters/03_serving.ipynb #58e88c95
+# %% ../chapters/03_serving.ipynb #f07bc315
 def _takes(schema: str) -> dict[str, Any]:
     "The OpenAPI entry of a JSON body, of the id header and of the key."
     content = {"application/json": {"schema": {"$ref": _SCHEMA + schema}}}
-    name = {"name": "X-Request-ID", "in": "header", "required": False, "schema": {"type": "string"}}
-    name["description"] = "your id for this request: a UUID or 32 hex digits; wins over the body's request_id"
-    return {"requestBody": {"required": True, "content": content}, "parameters": [name], **_GUARDED}
+    name = _header("X-Request-ID", "your id for this request: a UUID or 32 hex digits; wins over the body's request_id")
+    trace = _header("traceparent", "W3C Trace Context, version 00; logged, and sent back with the answer")
+    return {"requestBody": {"required": True, "content": content}, "parameters": [name, trace], **_GUARDED}
+
+
+def _header(name: str, text: str) -> dict[str, Any]:
+    "The OpenAPI entry of a header that may be sent."
+    return {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
 
 
 _GUARDED: dict[str, Any] = {"security": [{"ApiKey": []}]}
@@ -1302,14 +1356,17 @@ async def metrics(runtime: RuntimeDep) -> Response:
         raise NotFound("This service has no metrics.")
     return Response(page[0], media_type=page[1])
 
-# %% ../chapters/03_serving.ipynb #6e74bdec
+# %% ../chapters/03_serving.ipynb #b343fd3e
 def open_call(
     scope: Scope,  # of an HTTP request
 ) -> tuple[Call, Head]:
     "The record of this request, and its headers."
     head = read_head(scope)
     given = accept_id(head.get(b"x-request-id", b"").decode("latin-1"))
-    return Call(scope["method"], scope["path"], time.perf_counter(), given), head
+    call = Call(scope["method"], scope["path"], time.perf_counter(), given)
+    if trace := head.get(b"traceparent"):
+        call.trace = accept_trace(trace.decode("latin-1"))
+    return call, head
 
 # %% ../chapters/03_serving.ipynb #513aa682
 _METHODS = frozenset(("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"))
@@ -1350,7 +1407,7 @@ class Service(FastAPI):
         "The OpenAPI document, with the schemas of the bodies that are read directly."
         return self.openapi_schema or complete(super().openapi(), self.runtime.settings)
 
-# %% ../chapters/03_serving.ipynb #f6ee582d
+# %% ../chapters/03_serving.ipynb #5bfe1876
 def _watch(runtime: Runtime, call: Call, send: Send) -> Send:
     "A `send` that adds the request id, and notes the status."
 
@@ -1358,8 +1415,7 @@ def _watch(runtime: Runtime, call: Call, send: Send) -> Send:
         if message["type"] == "http.response.start":
             call.request_id = call.request_id or new_id()
             call.status = message["status"]
-            own = ((b"x-request-id", call.request_id.encode()), *closing(runtime))
-            message["headers"] = [*message["headers"], *own]
+            message["headers"] = [*message["headers"], *traces(call), *closing(runtime)]
         await send(message)
 
     return watched

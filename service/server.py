@@ -19,6 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from mlops_course.monitoring import JsonLine
 from mlops_course.serving import (
     Answer,
     Call,
@@ -33,7 +34,7 @@ from mlops_course.serving import (
     turned_away,
 )
 from mlops_course.serving import describe as refused
-from service.logs import JsonLine, server_log_config
+from service.logs import server_log_config
 
 LINGER_S = 2.0  # how long the rest of a refused request is read and thrown away, so that the client sees the answer
 GRACE_S = 0.3  # at the end, how long a connection that has sent nothing yet may still speak

@@ -1,7 +1,8 @@
 """Where the time of one request goes inside the service. Run with the interpreter of the service's environment.
 
 Usage: python anatomy.py BODY_FILE. Prints one line of JSON, in microseconds, of many requests through the complete
-application, without a network: the best round with the log line and without, and the medians of the stages.
+application, without a network: the best round with metrics and log line, the best without, and the medians of the
+stages.
 """
 
 import asyncio
@@ -12,13 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mlops_course.monitoring import STAGES
 from mlops_course.serving import Call, NullObserver, Observer, Service, build_app, load_settings
-from service.observer import STAGES, LogObserver
+from service.observer import ServiceObserver
 
 REQUESTS, ROUNDS = 2_000, 7
 
 
-class Watched(LogObserver):
+class Watched(ServiceObserver):
     """The service's own observer, which also keeps the stages of each request."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -59,7 +61,7 @@ async def measure(app: Service, body: bytes) -> list[float]:
 
 
 def main() -> None:
-    """Measure the application with its log and without."""
+    """Measure the application with metrics and log, and without."""
     settings, body = load_settings(), Path(sys.argv[1]).read_bytes().splitlines()[0]
     with Path("/dev/null").open("wb", buffering=0) as nowhere:
         watched = Watched(settings, nowhere)

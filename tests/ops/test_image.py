@@ -107,7 +107,7 @@ def test_the_image_is_at_most_150_mib_larger_than_its_base(built_image: str) -> 
 def test_only_what_serves_is_in_it(files: dict[str, Entry], image_plan: Plan) -> None:
     ours = {name for name in files if name.startswith("app/") and files[name][0] == str(tarfile.REGTYPE)}
     sources = {name for name in ours if "__pycache__" not in name}
-    expected = {f"app/mlops_course/{name}.py" for name in ("__init__", "blueprint", "serving")}
+    expected = {f"app/mlops_course/{name}.py" for name in ("__init__", "blueprint", "serving", "monitoring")}
     service = {"__init__", "__main__", "app", "health", "logs", "main", "observer", "server"}
     expected |= {f"app/service/{name}.py" for name in service}
     expected |= {f"app/model/{path.name}" for path in image_plan.folder.iterdir()}

@@ -506,7 +506,7 @@ def test_the_observer_hears_of_every_request_and_of_no_value(settings: Settings,
     ]
     assert MARK not in repr(observer.calls)
     assert observer.calls[0].request_id == HEX
-    assert observer.calls[1].fields == ("dest",)
+    assert observer.calls[1].mistakes == (("dest", "wrong_form"),)
     assert all(stage >= 0 for stage in observer.calls[0].stages or ())
     assert len(observer.scores) == 4
 

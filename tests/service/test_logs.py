@@ -11,10 +11,11 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
+from mlops_course.monitoring import describe_error
 from mlops_course.serving import Model, Row, Score, Settings
 from service.app import create_app
-from service.logs import JsonFormatter, describe
-from service.observer import LogObserver
+from service.logs import JsonFormatter
+from service.observer import ServiceObserver
 
 MARK = "hunter2"
 KEY = "k7Qz9-mR2vXw8-Lp4tNb6"
@@ -27,7 +28,7 @@ def lines(stream: io.BytesIO) -> list[dict[str, Any]]:
 
 def test_a_request_is_one_line_with_its_release(settings: Settings, example: dict[str, Any]) -> None:
     stream = io.BytesIO()
-    with TestClient(create_app(settings, LogObserver(settings, stream))) as client:
+    with TestClient(create_app(settings, ServiceObserver(settings, stream))) as client:
         answer = client.post("/v1/predict", json={**example, "request_id": "ab" * 16})
         about = client.get("/v1/model").json()
     loaded, request, model = lines(stream)
@@ -44,7 +45,7 @@ def test_a_request_is_one_line_with_its_release(settings: Settings, example: dic
 def test_nothing_that_was_sent_and_no_secret_is_written(settings: Settings, example: dict[str, Any]) -> None:
     stream = io.BytesIO()
     guarded = settings.model_copy(update={"api_key": SecretStr(KEY)})
-    with TestClient(create_app(guarded, LogObserver(guarded, stream)), headers={"X-API-Key": KEY}) as client:
+    with TestClient(create_app(guarded, ServiceObserver(guarded, stream)), headers={"X-API-Key": KEY}) as client:
         client.post("/v1/predict", json={**example, "dest": MARK, MARK: MARK})
         client.post("/v1/predict", content=MARK, headers={"content-type": "application/json"})
         client.get(f"/{MARK}?{MARK}", headers={"X-Request-ID": MARK, "X-API-Key": MARK})
@@ -53,7 +54,7 @@ def test_nothing_that_was_sent_and_no_secret_is_written(settings: Settings, exam
     assert MARK not in text
     assert KEY not in text
     assert "UA" not in text
-    assert lines(stream)[1]["fields"] == ["dest", "(unknown)"]
+    assert lines(stream)[1]["mistakes"] == [["dest", "wrong_form"], ["unknown", "unknown_field"]]
 
 
 def test_a_fault_is_logged_by_type_and_place(
@@ -64,7 +65,7 @@ def test_a_fault_is_logged_by_type_and_place(
 
     monkeypatch.setattr(Model, "score", broken)
     stream = io.BytesIO()
-    with TestClient(create_app(settings, LogObserver(settings, stream))) as client:
+    with TestClient(create_app(settings, ServiceObserver(settings, stream))) as client:
         answer = client.post("/v1/predict", json=example)
     failed = next(line for line in lines(stream) if line["event"] == "failed")
     assert failed["request_id"] == answer.json()["request_id"]
@@ -76,7 +77,7 @@ def test_a_fault_is_logged_by_type_and_place(
 def test_a_refused_model_is_logged(settings: Settings) -> None:
     stream = io.BytesIO()
     wrong = settings.model_copy(update={"model_digest": "sha256:" + "0" * 64})
-    with TestClient(create_app(wrong, LogObserver(wrong, stream))):
+    with TestClient(create_app(wrong, ServiceObserver(wrong, stream))):
         pass
     assert (lines(stream)[0]["event"], lines(stream)[0]["level"]) == ("model_refused", "error")
 
@@ -84,7 +85,7 @@ def test_a_refused_model_is_logged(settings: Settings) -> None:
 def test_the_level_is_respected(settings: Settings, example: dict[str, Any]) -> None:
     stream = io.BytesIO()
     quiet = settings.model_copy(update={"log_level": "warning"})
-    with TestClient(create_app(quiet, LogObserver(quiet, stream))) as client:
+    with TestClient(create_app(quiet, ServiceObserver(quiet, stream))) as client:
         client.post("/v1/predict", json=example)
     assert lines(stream) == []
 
@@ -94,5 +95,5 @@ def test_the_servers_own_records_hide_the_text_of_exceptions() -> None:
         raise ValueError(MARK)
     error = (ValueError, caught.value, caught.tb)
     line = JsonFormatter().format(logging.LogRecord("uvicorn.error", 40, __file__, 1, "it failed", None, error))
-    assert describe(caught.value)["exception"] == json.loads(line)["exception"] == "ValueError"
+    assert describe_error(caught.value)["exception"] == json.loads(line)["exception"] == "ValueError"
     assert MARK not in line

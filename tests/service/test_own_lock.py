@@ -32,7 +32,7 @@ def shipped(root: Path, release: tuple[Path, str], tmp_path: Path) -> Path:
     """Return a folder with what ships and no more: the service, the two modules it imports, one artifact."""
     shutil.copytree(root / "service", tmp_path / "service", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "mlops_course").mkdir()
-    for name in ("__init__.py", "blueprint.py", "serving.py"):
+    for name in ("__init__.py", "blueprint.py", "serving.py", "monitoring.py"):
         shutil.copy(root / "mlops_course" / name, tmp_path / "mlops_course" / name)
     shutil.copytree(release[0], tmp_path / "model")
     return tmp_path
