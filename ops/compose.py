@@ -104,8 +104,8 @@ def obtain(image: str) -> None:
     try:
         docker("pull", "--quiet", image)
     except DockerError as error:
-        why = error.message.strip().splitlines()[-1]
-        raise DockerError(f"the image {image} is not here and cannot be pulled ({why[-160:]})") from error
+        why = error.message.strip().splitlines()[-1].rpartition("daemon: ")[2]
+        raise DockerError(f"the image {image} is not here and cannot be pulled ({why})") from error
 
 
 def start_watchers(dev: bool, told: dict[str, str]) -> dict[str, str]:
