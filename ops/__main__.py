@@ -9,6 +9,7 @@ from ops import (
     compose,
     course,
     door,
+    drift,
     image,
     lock,
     publish,
@@ -48,6 +49,8 @@ cli.add_command(compose.down)
 cli.add_command(door.door)
 cli.add_command(smoke.smoke)
 cli.add_command(synthetic.synthetic)
+cli.add_command(drift.drift)
+cli.add_command(drift.calibrate_drift)
 cli.add_command(bench.bench)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)

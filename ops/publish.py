@@ -21,6 +21,7 @@ from ops.bench import report
 QUALITY = ROOT / "docs" / "reports" / "quality.json"
 BENCHMARKS = QUALITY.with_name("benchmarks.json")
 REBUILDS = ROOT / "docs" / "reports" / "rebuilds.json"
+DRIFT = ROOT / "docs" / "reports" / "drift_calibration.json"
 
 # Which metrics the README shows, in words that need no glossary.
 ROWS = {
@@ -94,6 +95,36 @@ def benchmark(render: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     return lambda: render(json.loads(BENCHMARKS.read_text()))
 
 
+def drift_table(part: str, label: Callable[[dict[str, Any]], str]) -> str:
+    """Render one part of the committed calibration of the drift rules: a line for each kind of window."""
+    rows = json.loads(DRIFT.read_text())[part]
+    rules = list(rows[0]["rules"])
+    rules.insert(0, rules.pop(rules.index("ours")))
+    lines = ["| windows | " + " | ".join(rules) + " |", "|---|" + "---|" * len(rules)]
+    for row in rows:
+        cells = []
+        for rule in rules:
+            seen = row["rules"][rule]
+            low, high = seen["interval"]
+            cells.append(f"{seen['share']:.1%} ({low:.1%} to {high:.1%})" if rule == "ours" else f"{seen['share']:.0%}")
+        lines.append(f"| {label(row)} | " + " | ".join(cells) + " |")
+    counts = [rows[0]["rules"][rule]["windows"] for rule in rules[:2]]
+    return "\n".join([*lines, "", f"In each line {counts[0]} windows for our rule, {counts[1]} for Evidently's."])
+
+
+DESIGNS = {"rows": "drawn one by one", "days": "of consecutive days"}
+
+
+def drift_alarms() -> str:
+    """Render how often the drift rules alarm without drift."""
+    return drift_table("false_alarms", lambda row: f"{row['rows']:,} flights {DESIGNS[row['design']]}")
+
+
+def drift_detection() -> str:
+    """Render how often the drift rules find a feature that was moved."""
+    return drift_table("detection", lambda row: f"`{row['feature']}`, flights {DESIGNS[row['design']]}")
+
+
 # Which document has which generated part.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quality": quality_table, "settings": settings_table, "speed": benchmark(report.short_lines)},
@@ -105,6 +136,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "anatomy": benchmark(report.anatomy_table),
         "setting": benchmark(report.setting_lines),
     },
+    "docs/drift.md": {"alarms": drift_alarms, "detection": drift_detection},
 }
 
 
@@ -155,6 +187,9 @@ def publish(artifacts: Path) -> None:
     if (measured := ROOT / "build" / REBUILDS.name).exists():
         REBUILDS.write_bytes(measured.read_bytes())
         written.append(REBUILDS.relative_to(ROOT).as_posix())
+    if (measured := ROOT / "build" / "drift" / "calibration.json").exists():
+        DRIFT.write_bytes(measured.read_bytes())
+        written.append(DRIFT.relative_to(ROOT).as_posix())
     for document in PARTS:
         (ROOT / document).write_text(render(document), encoding="utf-8")
         written.append(document)
