@@ -31,8 +31,12 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 # What tests need and Python packages cannot bring. Already there: nothing is done, and no right is needed.
-tools: ## Install the load generator wrk with apt-get (Debian and Ubuntu), if it is missing
+# Debian starts Prometheus when it installs it; here only its programs are wanted, and its port is for `make up`.
+tools: ## Install wrk, Prometheus and Alertmanager with apt-get (Debian and Ubuntu), if they are missing
 	command -v wrk || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install --yes -qq --no-install-recommends wrk; }
+	command -v promtool && command -v amtool || { $(SUDO) apt-get update -qq && \
+	  $(SUDO) apt-get install --yes -qq --no-install-recommends prometheus prometheus-alertmanager; \
+	  $(SUDO) systemctl disable --now prometheus prometheus-alertmanager 2> /dev/null || true; command -v promtool; }
 
 course: setup ## Run the chapters on the full data; notebooks and pages go to build/
 	$(BIN)/python -m ops course
@@ -67,7 +71,7 @@ bench: setup ## Compare speed and size with other servers of the same model (nee
 image: setup ## Build this commit's images, print their size; ARCHIVE=FILE also saves them (needs Docker)
 	$(BIN)/python -m ops image $(if $(ARCHIVE),--archive "$$ARCHIVE")
 
-up: setup ## Start Envoy and the service in containers, wait until they are ready, print the URLs (needs Docker)
+up: setup ## Start service, Envoy and what watches them in containers, print the URLs (needs Docker)
 	$(BIN)/python -m ops up
 
 down: setup ## Stop and remove these containers
