@@ -3,6 +3,7 @@
 import click
 
 from ops import (
+    alert_drill,
     audit,
     bench,
     compose,
@@ -53,6 +54,7 @@ cli.add_command(drift.calibrate_drift)
 cli.add_command(bench.bench)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)
+cli.add_command(alert_drill.alert_drill)
 
 if __name__ == "__main__":
     cli(prog_name="python -m ops")
