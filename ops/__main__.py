@@ -19,6 +19,7 @@ from ops import (
     synthetic,
     train,
 )
+from ops.grafana import dashboard
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,6 +49,7 @@ cli.add_command(door.door)
 cli.add_command(smoke.smoke)
 cli.add_command(synthetic.synthetic)
 cli.add_command(bench.bench)
+cli.add_command(dashboard.dashboards)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)
 
