@@ -18,7 +18,7 @@ TARGET = ROOT / "ops" / "grafana" / "dashboards" / "operator.json"
 SUMMARY_URL = "/public/summary/index.html"  # docker-compose.yml puts build/summary where Grafana serves files
 DATASOURCE = "${datasource}"
 
-WINDOWS = ("5m", "15m", "1h", "6h", "1d", "7d")
+WINDOWS = ("1h", "1d", "7d")  # those of the rules
 # A release that answers now and did not a minute ago.
 _NAMES = "release, service_version, model_version"
 RELEASE_MARK = f"count by ({_NAMES}) (release_info) unless count by ({_NAMES}) (release_info offset 1m)"
@@ -92,7 +92,7 @@ def letter(place: int) -> str:
     return chr(ord("A") + place)
 
 
-def panel(chart: Chart, number: int, height: int) -> Any:
+def panel(chart: Chart, number: int) -> Any:
     """Return the panel of a chart, as a builder of the SDK."""
     from grafana_foundation_sdk.builders.dashboard import ThresholdsConfig
     from grafana_foundation_sdk.builders.prometheus import Dataquery
@@ -102,7 +102,7 @@ def panel(chart: Chart, number: int, height: int) -> Any:
     made = {"lines": lines, "areas": lines, "value": value, "bars": bars}[chart.kind](chart)
     source = DataSourceRef(type_val="prometheus", uid=DATASOURCE)
     made.id(number).title(chart.title).description(chart.description).unit(chart.unit).no_value(chart.nothing)
-    made.datasource(source).span(chart.width).height(height)
+    made.datasource(source).span(chart.width).height(chart.height)
     for place, query in enumerate(chart.queries):
         target = Dataquery().datasource(source).expr(query.expr).legend_format(query.name).ref_id(letter(place))
         made.with_target(target.range() if chart.kind in ("lines", "areas") else target.instant())
@@ -172,7 +172,7 @@ def variables() -> list[Any]:
     ]
 
 
-def annotations() -> list[Any]:
+def marks() -> list[Any]:
     """Return the marks on all charts: when a release began to answer."""
     from grafana_foundation_sdk.builders.dashboard import AnnotationQuery
     from grafana_foundation_sdk.models.common import DataSourceRef
@@ -192,10 +192,7 @@ def annotations() -> list[Any]:
 
 def build() -> Dashboard:
     """Return the whole dashboard."""
-    with warnings.catch_warnings():
-        # The SDK would rather have the newer format; this is the one that Grafana has always read from files.
-        warnings.filterwarnings("ignore", "Prefer using dashboardv2", DeprecationWarning)
-        from grafana_foundation_sdk.builders.dashboard import Dashboard, DashboardLink, Row, TimePicker
+    from grafana_foundation_sdk.builders.dashboard import Dashboard, DashboardLink, Row, TimePicker
     from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DashboardLinkType
 
     made = (
@@ -212,7 +209,7 @@ def build() -> Dashboard:
         .refresh("30s")
         .timezone("browser")
         .variables(variables())
-        .annotations(annotations())
+        .annotations(marks())
         .link(
             DashboardLink("Summary for everybody")
             .type(DashboardLinkType.LINK)
@@ -222,12 +219,12 @@ def build() -> Dashboard:
         )
     )
     number = 0
-    for title, charts, height in ROWS:
+    for title, charts in ROWS:
         number += 1
         made.with_row(Row(title).id(number))
         for chart in charts():
             number += 1
-            made.with_panel(panel(chart, number, height))
+            made.with_panel(panel(chart, number))
     return made.build()
 
 
@@ -235,7 +232,10 @@ def render() -> str:
     """Return the dashboard as Grafana reads it."""
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-    return JSONEncoder(sort_keys=True, indent=1).encode(build()) + "\n"
+    with warnings.catch_warnings():
+        # The SDK would rather have the newer format; this is the one that Grafana has always read from files.
+        warnings.filterwarnings("ignore", "Prefer using", DeprecationWarning)
+        return JSONEncoder(sort_keys=True, indent=1).encode(build()) + "\n"
 
 
 @click.command(short_help="Write Grafana's dashboards from the code that describes them.")

@@ -12,12 +12,11 @@ from typing import Literal
 from mlops_course.blueprint import ALERT_BUDGET, CRITERIA
 from ops.grafana.queries import (
     DOOR,
-    ENOUGH,
     ORIGIN,
     PREDICT,
     RATE,
     RELEASE,
-    budget_left,
+    burned,
     change,
     failed,
     per_flight,
@@ -30,8 +29,10 @@ from ops.grafana.queries import (
 LIMIT_MS = round(CRITERIA["latency_p95_ms"].limit)
 LIMIT_S = LIMIT_MS / 1000
 SUCCESS = CRITERIA["success_rate"].limit
-PSI_WARNING, PSI_CRITICAL = 0.1, 0.25
 ROLLBACK_ERRORS = 0.02
+# What a timetable decides: features whose days are alike, so that a change means something.
+TIMETABLE = "carrier|origin|dest|distance_miles|minute_of_day"
+FEATURE = f'{RELEASE},feature="$feature"'
 
 Kind = Literal["lines", "areas", "value", "bars"]
 Steps = tuple[tuple[float | None, str], ...]  # (from this value on, colour); None: from the lowest
@@ -40,7 +41,6 @@ Steps = tuple[tuple[float | None, str], ...]  # (from this value on, colour); No
 UP_IS_BAD = {
     "errors": ((None, "green"), (1 - SUCCESS, "yellow"), (ROLLBACK_ERRORS, "red")),
     "seconds": ((None, "green"), (LIMIT_S, "red")),
-    "psi": ((None, "green"), (PSI_WARNING, "yellow"), (PSI_CRITICAL, "red")),
     "full": ((None, "green"), (0.8, "yellow"), (0.95, "red")),
 }
 
@@ -71,6 +71,11 @@ class Chart:
     decimals: int | None = None
     words: dict[str, tuple[str, str]] = field(default_factory=dict)  # value: (text, colour)
     nothing: str = "no data"  # what is shown then
+
+    @property
+    def height(self) -> int:
+        """Rows of the grid."""
+        return 4 if self.kind == "value" else 8
 
 
 def users() -> Iterator[Chart]:
@@ -103,7 +108,7 @@ def users() -> Iterator[Chart]:
         "Of the 0.1 % of failed predictions that 30 days allow. Below zero the promise is broken: release nothing "
         "but repairs.",
         "percentunit",
-        [Query(budget_left(), "left of 30 days")],
+        [Query(f"1 - {burned('30d')}", "left of 30 days")],
         kind="value",
         steps=((None, "red"), (0, "yellow"), (0.5, "green")),
         width=4,
@@ -169,6 +174,18 @@ def users() -> Iterator[Chart]:
         steps=UP_IS_BAD["errors"],
         axis="failed predictions",
         nothing="no predictions",
+        width=6,
+    )
+    yield Chart(
+        "How fast is the error budget spent?",
+        "At 1 it lasts exactly 30 days. At 14.4 over an hour, two days' worth is gone: somebody is called. At 6 "
+        "over six hours as well. The worse of service and door counts.",
+        "none",
+        [Query(burned(window), f"last {window}") for window in ("1h", "6h", "3d")],
+        steps=((None, "green"), (1, "yellow"), (6, "orange"), (14.4, "red")),
+        axis="times too fast",
+        width=6,
+        nothing="no predictions",
     )
     yield Chart(
         "What do clients get at the door?",
@@ -182,6 +199,7 @@ def users() -> Iterator[Chart]:
             )
         ],
         axis="answers",
+        width=6,
     )
     yield Chart(
         "Which answers are not 200?",
@@ -191,6 +209,7 @@ def users() -> Iterator[Chart]:
         [Query(rate("http_requests_total", "status", f'{PREDICT},{RELEASE},status!="200"'), "{{status}}")],
         kind="areas",
         axis="answers",
+        width=6,
     )
 
 
@@ -287,11 +306,11 @@ def capacity() -> Iterator[Chart]:
     )
     yield Chart(
         "Was it restarted?",
-        "Starts of a process within an hour. One at a release mark is a deployment; three are a crash loop.",
+        "Starts of a process within half an hour. One at a release mark is a deployment; three are a crash loop.",
         "none",
-        [Query(f"sum by (instance) (changes(process_start_time_seconds{{{own}}}[1h]))", "{{instance}}")],
+        [Query(f"sum by (instance) (changes(process_start_time_seconds{{{own}}}[30m]))", "{{instance}}")],
         steps=((None, "green"), (1, "yellow"), (3, "red")),
-        axis="restarts in an hour",
+        axis="restarts in half an hour",
         width=6,
         decimals=0,
     )
@@ -338,7 +357,7 @@ def capacity() -> Iterator[Chart]:
             )
             for q in (50, 99)
         ],
-        steps=((None, "green"), (0.05, "yellow"), (0.25, "red")),
+        steps=((None, "green"), (0.05, "yellow"), (0.1, "red")),
         axis="lag",
     )
     yield Chart(
@@ -404,46 +423,45 @@ def inference() -> Iterator[Chart]:
 
 def inputs() -> Iterator[Chart]:
     """Did the inputs change?"""
-    feature = ("model_feature_bin_total", "model_feature_expected_share", "release, feature")
-    one = f'{RELEASE},feature="$feature"'
+    judged = f'{RELEASE},feature=~"{TIMETABLE}"'
     yield Chart(
-        "Which inputs changed most?",
-        "PSI of the chosen window against the chosen baseline, the eight largest. Below 0.1 little, from 0.25 much. "
-        f"Weather changes with the season without harm: look at the scores and the quality below. Needs {ENOUGH} "
-        "flights.",
+        "Did what a timetable decides change?",
+        "PSI of the chosen window against the chosen baseline. In training it never passed 0.05 on any day. Yellow: "
+        "find out. Red, two at once: suspect the pipeline. A step at a release mark is ours; a slope is the world.",
         "none",
-        [Query(f"topk(8, max by (feature) ({psi(*feature)}))", "{{feature}}")],
-        kind="bars",
-        steps=UP_IS_BAD["psi"],
-        decimals=2,
-        nothing="too few flights",
+        [Query(f"max by (feature) ({psi('feature_bin', 'feature', judged)})", "{{feature}}")],
+        steps=((None, "green"), (0.1, "yellow"), (0.25, "red")),
+        axis="PSI",
+        nothing="fewer than 500 flights",
     )
     yield Chart(
-        "Since when have they been different?",
-        "PSI against training, of the day before each moment. A step at a release mark is a pipeline; a slope is "
-        "the world.",
+        "Which inputs differ most, weather included?",
+        "PSI of the chosen window against the chosen baseline, the eight largest. A day's weather is never half a "
+        "year's: 1 to 8 is usual, so nothing is judged here. What it does to the scores is below.",
         "none",
-        [Query("max by (feature) (model:feature_psi:1d)", "{{feature}}")],
-        steps=UP_IS_BAD["psi"],
-        axis="PSI, last day",
-        nothing="too few flights",
+        [Query(f"topk(8, max by (feature) ({psi('feature_bin', 'feature')}))", "{{feature}}")],
+        kind="bars",
+        steps=((None, "blue"),),
+        decimals=2,
+        nothing="fewer than 500 flights",
     )
     yield Chart(
         "Which values of $feature became more or less frequent?",
-        "Each bin's share in the chosen window minus its share in the baseline. Bins of numbers are counted from "
-        "the lowest.",
+        "Each bin's share in the chosen window minus its share in the baseline, in percentage points. Bins of "
+        "numbers are counted from the lowest.",
         "percentunit",
-        [Query(f"sort_desc(max by (bin) ({change(*feature, one)}))", "{{bin}}")],
+        [Query(f"sort_desc(max by (bin) ({change('feature_bin', FEATURE)}))", "{{bin}}")],
         kind="bars",
         steps=((None, "blue"),),
         low=None,
         decimals=1,
-        nothing="too few flights",
+        nothing="fewer than 500 flights",
     )
     yield Chart(
         "Is more missing than in training?",
         "Share of flights without the value, minus that share in training. A step: a source of weather or of delays "
-        "has stopped; the model answers, but knows less.",
+        "has stopped; the model answers, but knows less. Pressure and the recent delay have gaps of hours in "
+        "training too.",
         "percentunit",
         [
             Query(
@@ -452,18 +470,18 @@ def inputs() -> Iterator[Chart]:
                 "{{feature}}",
             )
         ],
-        steps=((None, "green"), (0.05, "yellow"), (0.2, "red")),
+        steps=((None, "green"), (0.1, "yellow")),
         axis="missing, above training",
         low=None,
         nothing="no predictions",
     )
     yield Chart(
         "Do values come that training never saw?",
-        "Share of flights with an unknown carrier, airport or destination. The model treats them as 'other'. A new "
-        "one is named in the drift report.",
+        "Share of flights with an unknown carrier, airport or destination; the model treats them as 'other'. The "
+        "drift report names them.",
         "percentunit",
         [Query(per_flight("model_unknown_categories_total", "feature"), "{{feature}}")],
-        steps=((None, "green"), (0.01, "yellow"), (0.05, "red")),
+        steps=((None, "green"), (0.01, "yellow")),
         axis="unknown",
         nothing="no predictions",
     )
@@ -485,29 +503,24 @@ def predictions() -> Iterator[Chart]:
         "PSI of the published probabilities by origin, chosen window against chosen baseline. One airport alone: "
         "look at its weather and traffic. All at once: an input, or the model.",
         "none",
-        [
-            Query(
-                "max by (origin) ("
-                + psi("model_score_bin_total", "model_score_expected_share_by_origin", "release, origin", chosen)
-                + ")",
-                "{{origin}}",
-            )
-        ],
-        kind="bars",
-        steps=UP_IS_BAD["psi"],
+        [Query(f"max by (origin) ({psi('score_bin_by_origin', 'origin', chosen)})", "{{origin}}")],
+        axis="PSI",
         width=6,
-        decimals=2,
-        nothing="too few flights",
+        nothing="fewer than 500 flights",
     )
     yield Chart(
-        "Since when are the scores different?",
-        "PSI of all scores against training, of the day before each moment.",
+        "Do scores and delays of a week leave training's range?",
+        "PSI of the last seven days against training. They follow the weather from day to day; no week of training "
+        "passed 0.77 (scores) and 0.56 (recent delay).",
         "none",
-        [Query("max(model:score_psi:1d)", "all origins")],
-        steps=UP_IS_BAD["psi"],
-        axis="PSI, last day",
+        [
+            Query(f"max(model:score_psi:7d{{{RELEASE}}})", "scores"),
+            Query(f'max(model:feature_psi:7d{{{RELEASE},feature="recent_origin_delay_min"}})', "recent delay"),
+        ],
+        steps=((None, "green"), (0.7, "yellow"), (0.8, "red")),
+        axis="PSI, last week",
         width=6,
-        nothing="too few flights",
+        nothing="fewer than 500 flights",
     )
     yield Chart(
         "How many flights are warned?",
@@ -550,12 +563,56 @@ def predictions() -> Iterator[Chart]:
     )
 
 
+def quality() -> Iterator[Chart]:
+    """Was the model right, as far as the outcomes are known?"""
+    for metric, title, text in (
+        (
+            "roc_auc",
+            "Does it still rank flights well?",
+            "ROC AUC of the last complete month of labels: the chance that a disrupted flight ranks above another.",
+        ),
+        (
+            "recall_at_budget",
+            "Does the desk warn the right flights?",
+            "Of the disrupted flights, the share among the riskiest quarter of each day: what the desk can use.",
+        ),
+    ):
+        one = f'metric="{metric}"'
+        yield Chart(
+            title,
+            f"{text} Low and high: its 95 % interval. Dashed: what the release promised. Proven worse is what has its "
+            "whole interval below.",
+            "percentunit",
+            [
+                Query(f"model_quality{{{one}}}", "{{model_version}}"),
+                Query(f"model_quality_low{{{one}}}", "{{model_version}} low"),
+                Query(f"model_quality_high{{{one}}}", "{{model_version}} high"),
+                Query(f"model_quality_reference{{{one}}}", "{{model_version}} promised", limit=True),
+            ],
+            axis=metric,
+            low=None,
+            nothing="no labels yet",
+        )
+    yield Chart(
+        "Are the labels there?",
+        "Share of the flights that have landed whose outcome is known. Below 80 % nothing is said about quality: "
+        "the outcomes that come first are those of flights in time.",
+        "percentunit",
+        [Query("model_label_coverage", "{{model_version}}")],
+        steps=((None, "red"), (0.8, "green")),
+        axis="with a label",
+        high=1,
+        nothing="no labels yet",
+    )
+
+
 ROWS = (
-    ("Users: can they get predictions?", users, 4),
-    ("Speed: is it getting slower?", speed, 8),
-    ("Traffic: did it change?", traffic, 7),
-    ("Capacity: is it near its limits?", capacity, 7),
-    ("Inference: where does the time go?", inference, 7),
-    ("Inputs: did they change?", inputs, 9),
-    ("Predictions: did they change?", predictions, 8),
+    ("Users: can they get predictions?", users),
+    ("Speed: is it getting slower?", speed),
+    ("Traffic: did it change?", traffic),
+    ("Capacity: is it near its limits?", capacity),
+    ("Inference: where does the time go?", inference),
+    ("Inputs: did they change?", inputs),
+    ("Predictions: did they change?", predictions),
+    ("Quality: was the model right?", quality),
 )
