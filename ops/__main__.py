@@ -16,6 +16,7 @@ from ops import (
     roundtrip,
     scan,
     smoke,
+    summary,
     synthetic,
     train,
 )
@@ -50,6 +51,7 @@ cli.add_command(smoke.smoke)
 cli.add_command(synthetic.synthetic)
 cli.add_command(bench.bench)
 cli.add_command(dashboard.dashboards)
+cli.add_command(summary.summary)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)
 

@@ -25,7 +25,7 @@ def rate(metric: str, by: str, labels: str, window: str = RATE) -> str:
 
 def ratio(part: str, whole: str, on: str = "") -> str:
     """Return a share; nothing instead of 0 / 0."""
-    match = f"on ({on}) group_left " if on else ""
+    match = f"on ({on}) group_left () " if on else ""
     return f"{part} / {match}({whole} > 0)"
 
 
@@ -70,6 +70,5 @@ def psi(of: str, by: str, labels: str = RELEASE) -> str:
 
 def per_flight(metric: str, by: str) -> str:
     """Return how often something is seen, as a share of the flights scored."""
-    return (
-        f"{rate(metric, by, RELEASE)} / on () group_left (sum(rate(model_predictions_total{{{RELEASE}}}[{RATE}])) > 0)"
-    )
+    flights = f"sum(rate(model_predictions_total{{{RELEASE}}}[{RATE}]))"
+    return f"{rate(metric, by, RELEASE)} / on () group_left () ({flights} > 0)"

@@ -98,6 +98,8 @@ def watched(
 ) -> Generator[Prometheus]:
     """Return a Prometheus that watches a service behind its door, while real flights of September are sent."""
     folder, digest = resolve_channel(artifacts_root / MODEL_NAME, "prod")
-    with running_service(MODEL_URI=str(folder), MODEL_DIGEST=digest, GIT_SHA="0123456789") as url:
-        with watch(url, unused_port, splits["production"], tmp_path_factory.mktemp("watched")) as prometheus:
-            yield prometheus
+    with (
+        running_service(MODEL_URI=str(folder), MODEL_DIGEST=digest, GIT_SHA="0123456789") as url,
+        watch(url, unused_port, splits["production"], tmp_path_factory.mktemp("watched")) as prometheus,
+    ):
+        yield prometheus

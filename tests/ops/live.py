@@ -1,4 +1,4 @@
-"""The real thing on this machine: the service behind its door, watched by a real Prometheus, asked about real flights."""
+"""The real thing on this machine: the service behind its door, a Prometheus that watches both, and real flights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def prometheus(
 
 @dataclass
 class Replay:
-    """Sends real flights in the order of time, in batches and one by one, and some bad requests, until it is stopped."""
+    """Sends real flights in the order of time, in batches and one by one, and some bad requests, until stopped."""
 
     url: str
     flights: pd.DataFrame
@@ -180,12 +180,13 @@ def door(folder: Path, port: int, service: int, admin: int) -> Generator[str]:
 def watch(url: str, unused_port: Callable[[], int], flights: pd.DataFrame, folder: Path) -> Generator[Prometheus]:
     """Watch a running service and its door with the project's rules, and send flights through the door meanwhile."""
     port, service = unused_port(), int(url.rpartition(":")[2])
-    with door(folder / "door", port, service, unused_port()) as statistics:
+    with ExitStack() as stack:
+        statistics = stack.enter_context(door(folder / "door", port, service, unused_port()))
         targets = {"service": (f"127.0.0.1:{service}", "/metrics"), "envoy": (statistics, "/stats/prometheus")}
-        with prometheus(folder, unused_port(), targets, quick_rules(folder)) as running:
-            with Replay(f"http://127.0.0.1:{port}", flights).running() as replay:
-                started = time.monotonic()
-                # Long enough for two windows of six seconds, and for the rules that read them.
-                wait(lambda: replay.sent > 3000 and time.monotonic() - started > 15, "3000 flights are sent", 90)
-                yield running
-        assert set(replay.statuses) == {200, 422}
+        running = stack.enter_context(prometheus(folder, unused_port(), targets, quick_rules(folder)))
+        replay = stack.enter_context(Replay(f"http://127.0.0.1:{port}", flights).running())
+        started = time.monotonic()
+        # Long enough for two windows of six seconds, and for the rules that read them.
+        wait(lambda: replay.sent > 3000 and time.monotonic() - started > 15, "3000 flights are sent", 90)
+        yield running
+    assert set(replay.statuses) == {200, 422}
