@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -15,7 +16,7 @@ import click
 from ops import ROOT
 
 if TYPE_CHECKING:
-    from mlops_course.monitoring import Figure, Plot, Risk, Summary
+    from mlops_course.monitoring import Figure, Plot, Quality, Risk, Summary
 
 TITLE = "Flight disruption: how is it doing?"
 UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -145,7 +146,7 @@ def service_figures(asked: Prometheus) -> Iterator[Figure]:
         form=",.0f" if (p95 or 0) >= 10 else ",.1f",
         unit="ms",
         before=p95_before,
-        least=0.1 * (p95_before or 0),
+        least=max(5, 0.1 * (p95_before or 0)),
         better="less",
         light=light(p95, Limits(fine=slow, act=2 * slow)),
         target=f"Promised: {slow:.0f} ms.",
@@ -292,23 +293,30 @@ def read_drift(files: Sequence[Path]) -> tuple[list[Figure], list[Risk]]:
     return [figure], risks
 
 
-def read_quality(file: Path | None, serving: Collection[str]) -> tuple[list[Figure], list[Plot]]:
-    """Return what the labels say, of the model that serves. Raises `SummaryError` for another file."""
-    from pydantic import TypeAdapter
+def read_quality(file: Path | None, serving: Collection[str]) -> tuple[list[Figure], list[Risk], list[Plot]]:
+    """Return what the labels say about the latest weeks of the model that serves, beside the month before them."""
+    from mlops_course.monitoring import quality_figures, quality_plot, quality_risks
 
-    from mlops_course.monitoring import Quality, quality_figures, quality_plot
+    months, latest = parse_quality(file) if file else ([], [])
+    mine = [one for one in latest if one.model_version in serving or not serving][:1]
+    before = [m for one in mine for m in months if m.model_version == one.model_version and m.last_day < one.first_day]
+    versions: dict[str, list[Quality]] = {one.model_version: [] for one in mine}
+    for month in months:
+        versions.setdefault(month.model_version, []).append(month)
+    plots = [quality_plot(versions, metric) for metric in ("roc_auc", "recall_at_budget")] if versions else []
+    return quality_figures([*before, *mine]), [risk for one in mine for risk in quality_risks(one)], plots
 
-    if file is None:
-        return quality_figures([]), []
+
+def parse_quality(file: Path) -> tuple[list[Quality], list[Quality]]:
+    """Return the months, and the latest weeks, of each model version. Raises `SummaryError` for another file."""
+    from mlops_course.monitoring import Quality
+
     try:
-        found = TypeAdapter(dict[str, list[Quality]]).validate_json(file.read_bytes())
-    except ValueError as error:
-        raise SummaryError(f"{file}: {error}; give the file that `python -m ops quality` wrote") from error
-    if not found:
-        return quality_figures([]), []
-    versions = dict(sorted(found.items(), key=lambda one: one[0] not in serving))
-    months = next((months for version, months in versions.items() if version in serving or not serving), [])
-    return quality_figures(months), [quality_plot(versions, metric) for metric in ("roc_auc", "recall_at_budget")]
+        report = json.loads(file.read_bytes())
+        months, latest = ([Quality.model_validate(one) for one in report[part]] for part in ("months", "latest"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SummaryError(f"{file}: {error}; give the quality.json that `python -m ops quality` wrote") from error
+    return months, latest
 
 
 def collect(asked: Prometheus, said: str, drift: Sequence[Path], quality: Path | None) -> Summary:
@@ -317,8 +325,8 @@ def collect(asked: Prometheus, said: str, drift: Sequence[Path], quality: Path |
 
     seen, serving = asked.seen(), asked.labels("release_info")
     drift_figure, drift_risks = read_drift(drift)
-    quality_figures, quality_plots = read_quality(quality, [one["model_version"] for one in serving])
-    risks = [*watching_risks(asked, seen), *alert_risks(asked), *drift_risks]
+    quality_figures, quality_risks, quality_plots = read_quality(quality, [one["model_version"] for one in serving])
+    risks = [*watching_risks(asked, seen), *alert_risks(asked), *quality_risks, *drift_risks]
     order = ("red", "unknown", "yellow", "green")
     end = datetime.fromtimestamp(asked.end, UTC)
     return Summary(

@@ -30,6 +30,7 @@ LIMIT_MS = round(CRITERIA["latency_p95_ms"].limit)
 LIMIT_S = LIMIT_MS / 1000
 SUCCESS = CRITERIA["success_rate"].limit
 ROLLBACK_ERRORS = 0.02
+GAP = CRITERIA["calibration_error"].limit
 # What a timetable decides: features whose days are alike, so that a change means something.
 TIMETABLE = "carrier|origin|dest|distance_miles|minute_of_day"
 FEATURE = f'{RELEASE},feature="$feature"'
@@ -565,42 +566,76 @@ def predictions() -> Iterator[Chart]:
 
 def quality() -> Iterator[Chart]:
     """Was the model right, as far as the outcomes are known?"""
-    for metric, title, text in (
+    for metric, title, text, unit, steps in (
         (
             "roc_auc",
             "Does it still rank flights well?",
-            "ROC AUC of the last complete month of labels: the chance that a disrupted flight ranks above another.",
+            "ROC AUC, the chance that a disrupted flight ranks above another.",
+            "none",
+            None,
         ),
         (
             "recall_at_budget",
             "Does the desk warn the right flights?",
-            "Of the disrupted flights, the share among the riskiest quarter of each day: what the desk can use.",
+            "Of the disrupted flights, the share among the riskiest quarter of each day.",
+            "percentunit",
+            None,
+        ),
+        (
+            "false_warnings_per_1000",
+            "How many warnings are needless?",
+            "Warned within the budget and not disrupted, for each 1,000 flights.",
+            "none",
+            None,
+        ),
+        (
+            "promise_gap",
+            "Do the probabilities keep their word?",
+            "Mean promised risk minus the share that was disrupted. Beyond the lines: recalibrate.",
+            "percentunit",
+            ((None, "red"), (-GAP, "green"), (GAP, "red")),
         ),
     ):
         one = f'metric="{metric}"'
         yield Chart(
             title,
-            f"{text} Low and high: its 95 % interval. Dashed: what the release promised. Proven worse is what has its "
-            "whole interval below.",
-            "percentunit",
+            f"{text} The last four weeks whose labels are all due, with their 95 % interval (low, high); dashed: what "
+            "the release promised, and an estimate without labels, which cannot see that the world changed.",
+            unit,
             [
                 Query(f"model_quality{{{one}}}", "{{model_version}}"),
                 Query(f"model_quality_low{{{one}}}", "{{model_version}} low"),
                 Query(f"model_quality_high{{{one}}}", "{{model_version}} high"),
                 Query(f"model_quality_reference{{{one}}}", "{{model_version}} promised", limit=True),
+                Query(f"model_quality_estimate{{{one}}}", "{{model_version}} estimated", limit=True),
             ],
+            steps=steps,
             axis=metric,
+            width=12,
             low=None,
             nothing="no labels yet",
         )
     yield Chart(
+        "Which measures broke their rule?",
+        "Off by more than matters and by more than chance. The answer to a 1 is in the quality report: segments "
+        "first, then retraining or recalibration.",
+        "none",
+        [Query("model_quality_regressed", "{{model_version}} {{metric}}")],
+        kind="bars",
+        steps=((None, "green"), (1, "red")),
+        width=12,
+        high=1,
+        nothing="no verdict yet",
+    )
+    yield Chart(
         "Are the labels there?",
-        "Share of the flights that have landed whose outcome is known. Below 80 % nothing is said about quality: "
-        "the outcomes that come first are those of flights in time.",
+        "Share of the flights that have landed whose outcome is known. Below 98 % there is no verdict: the outcomes "
+        "that come first are those of flights in time.",
         "percentunit",
         [Query("model_label_coverage", "{{model_version}}")],
-        steps=((None, "red"), (0.8, "green")),
+        steps=((None, "red"), (0.98, "green")),
         axis="with a label",
+        width=12,
         high=1,
         nothing="no labels yet",
     )

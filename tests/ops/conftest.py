@@ -100,6 +100,6 @@ def watched(
     folder, digest = resolve_channel(artifacts_root / MODEL_NAME, "prod")
     with (
         running_service(MODEL_URI=str(folder), MODEL_DIGEST=digest, GIT_SHA="0123456789") as url,
-        watch(url, unused_port, splits["production"], tmp_path_factory.mktemp("watched")) as prometheus,
+        watch(url, unused_port, splits["production"], artifacts_root, tmp_path_factory.mktemp("watched")) as prometheus,
     ):
         yield prometheus

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -31,6 +32,7 @@ class Prometheus:
     """A running Prometheus."""
 
     url: str
+    folder: Path  # what it and its neighbours write
 
     def get(self, what: str, **parameters: str | float) -> Any:
         """Ask its HTTP interface. Raises AssertionError with its own words when it refuses."""
@@ -82,7 +84,7 @@ def prometheus(
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
-    running = Prometheus(f"http://127.0.0.1:{port}")
+    running = Prometheus(f"http://127.0.0.1:{port}", folder)
 
     def ready() -> bool:
         assert process.poll() is None, (folder / "log").read_text()
@@ -177,16 +179,55 @@ def door(folder: Path, port: int, service: int, admin: int) -> Generator[str]:
 
 
 @contextmanager
-def watch(url: str, unused_port: Callable[[], int], flights: pd.DataFrame, folder: Path) -> Generator[Prometheus]:
-    """Watch a running service and its door with the project's rules, and send flights through the door meanwhile."""
+def watch(
+    url: str, unused_port: Callable[[], int], flights: pd.DataFrame, artifacts: Path, folder: Path
+) -> Generator[Prometheus]:
+    """Watch a running service and its door with the project's rules.
+
+    First `ops replay` sends five weeks of flights through the door, whose outcomes `ops quality` then judges; more
+    flights follow while the test runs.
+    """
     port, service = unused_port(), int(url.rpartition(":")[2])
     with ExitStack() as stack:
         statistics = stack.enter_context(door(folder / "door", port, service, unused_port()))
-        targets = {"service": (f"127.0.0.1:{service}", "/metrics"), "envoy": (statistics, "/stats/prometheus")}
+        labels, store = unused_port(), folder / "labels.sqlite"
+        targets = {
+            "service": (f"127.0.0.1:{service}", "/metrics"),
+            "envoy": (statistics, "/stats/prometheus"),
+            "quality": (f"127.0.0.1:{labels}", "/metrics"),
+        }
         running = stack.enter_context(prometheus(folder, unused_port(), targets, quick_rules(folder)))
-        replay = stack.enter_context(Replay(f"http://127.0.0.1:{port}", flights).running())
+        days = ["--from", "2013-09-01", "--to", "2013-10-05", "--speed", "max"]
+        replay(folder, "--url", f"http://127.0.0.1:{port}", *days, "--store", str(store))
+        stack.enter_context(judging(folder, store, labels, artifacts))
+        sender = stack.enter_context(Replay(f"http://127.0.0.1:{port}", flights).running())
         started = time.monotonic()
         # Long enough for two windows of six seconds, and for the rules that read them.
-        wait(lambda: replay.sent > 3000 and time.monotonic() - started > 15, "3000 flights are sent", 90)
+        wait(lambda: sender.sent > 3000 and time.monotonic() - started > 15, "3000 flights are sent", 90)
+        wait(lambda: bool(running.now("model_quality")), "the outcomes are judged", 60)
         yield running
-    assert set(replay.statuses) == {200, 422}
+    assert set(sender.statuses) == {200, 422}
+
+
+def replay(folder: Path, *arguments: str) -> None:
+    """Run `python -m ops replay` to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ops", "replay", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    (folder / "replay.log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@contextmanager
+def judging(folder: Path, store: Path, port: int, artifacts: Path) -> Generator[None]:
+    """Run `python -m ops quality --serve`."""
+    command = [sys.executable, "-m", "ops", "quality", "--store", str(store), "--serve", str(port), "--every", "2"]
+    command += ["--artifacts", str(artifacts)]
+    with (folder / "quality.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        yield
+        assert process.poll() is None, (folder / "quality.log").read_text()
+    finally:
+        process.terminate()
+        process.wait(20)

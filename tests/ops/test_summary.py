@@ -6,16 +6,23 @@ import json
 import math
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner, Result
 
-from mlops_course.monitoring import Figure, Summary, three_answers
+from mlops_course.blueprint import MODEL_NAME, resolve_channel
+from mlops_course.monitoring import Baseline, Figure, Summary, check_window, three_answers
+from ops import ROOT
 from ops.summary import summary
 from tests.ops.live import Prometheus, prometheus
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DAY = 86_400
 STEP = 300  # seconds between two samples
@@ -50,6 +57,53 @@ def test_of_the_running_service(watched: Prometheus, tmp_path: Path) -> None:
     assert found["Quality on labelled flights"].light == "unknown"
     assert dict(zip("abc", three_answers(facts), strict=True))["b"][1] == "unknown"
     assert "This week: nothing but &lt;tests&gt;." in page
+
+
+def test_with_what_labels_and_drift_say(
+    watched: Prometheus, artifacts_root: Path, flights: pd.DataFrame, tmp_path: Path
+) -> None:
+    """The figures are those of `ops quality`, of the model that serves; a drift report adds its findings."""
+    options = {"--store": watched.folder / "labels.sqlite", "--artifacts": artifacts_root, "--output": tmp_path}
+    command = [sys.executable, "-m", "ops", "quality", *(str(part) for pair in options.items() for part in pair)]
+    judged = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert judged.returncode == 0, judged.stderr
+    (latest,) = json.loads((tmp_path / "quality.json").read_text())["latest"]
+    reports = drift_reports(flights, artifacts_root, tmp_path)
+    drift = [part for file in reports for part in ("--drift", file)]
+    asked = ["--prometheus", watched.url, "--period", "1m", "--quality", tmp_path / "quality.json"]
+    done = run(*asked, *drift, "--output", tmp_path / "page")
+    assert done.exit_code == 0, done.output
+    facts = read(tmp_path / "page")
+    ranking = figures(facts)["Ranking of the flights (ROC AUC)"]
+    assert ranking.value == latest["measured"]["roc_auc"]["value"]
+    assert f"{latest['reference']['roc_auc']:.3f}" in ranking.target
+    assert figures(facts)["Disrupted flights that were warned"].value == latest["measured"]["recall_at_budget"]["value"]
+    # Twice in a row a carrier came under another code.
+    found = figures(facts)["Findings of the drift report"]
+    assert (found.value or 0) > 0
+    assert found.light in ("yellow", "red")
+    assert any(risk.text.startswith("Drift: unknown carrier") and risk.doing for risk in facts.risks)
+    assert any(plot.title.startswith("Ranking of the flights (ROC AUC): 1.0.0 ") for plot in facts.plots)
+    # September was more punctual than the model promised; what broke its rule is a risk with a remedy.
+    assert latest["worse"] == ["promise_gap"]
+    assert any(
+        risk.text.startswith("Promised minus observed risk") and "recalibrate" in risk.doing for risk in facts.risks
+    )
+
+
+def drift_reports(flights: pd.DataFrame, artifacts_root: Path, folder: Path) -> list[Path]:
+    """Compare two weeks of September, in which one carrier has another code, with spring, as `ops drift` does."""
+    artifact, _ = resolve_channel(artifacts_root / MODEL_NAME, "prod")
+    when = flights["scheduled_departure"]
+    spring = flights[(when >= "2013-03-01") & (when < "2013-06-01")]
+    normal = Baseline("spring", spring, json.loads((artifact / "reference.json").read_text()), draws=200)
+    files = []
+    for first, after in (("2013-09-01", "2013-09-08"), ("2013-09-08", "2013-09-15")):
+        week = flights[(when >= first) & (when < after)]
+        report = check_window(week.assign(carrier=week["carrier"].replace("UA", "U2")), normal)
+        files.append(folder / f"drift-{first}.json")
+        files[-1].write_text(report.model_dump_json())
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +230,16 @@ def test_a_wrong_period(period: str, tmp_path: Path) -> None:
     done = run("--period", period, "--output", tmp_path)
     assert done.exit_code == 2
     assert "such as 7d" in done.output
+
+
+def test_reports_with_different_baselines(
+    unwatched: Prometheus, flights: pd.DataFrame, artifacts_root: Path, tmp_path: Path
+) -> None:
+    first, second = drift_reports(flights, artifacts_root, tmp_path)
+    second.write_text(second.read_text().replace('"spring"', '"golden"'))
+    done = run("--prometheus", unwatched.url, "--drift", first, "--drift", second, "--output", tmp_path / "page")
+    assert done.exit_code == 1
+    assert "different baselines" in done.output
 
 
 @pytest.mark.parametrize("option", ["--quality", "--drift"])
