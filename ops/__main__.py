@@ -18,9 +18,11 @@ from ops import (
     roundtrip,
     scan,
     smoke,
+    summary,
     synthetic,
     train,
 )
+from ops.grafana import dashboard
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,6 +54,8 @@ cli.add_command(synthetic.synthetic)
 cli.add_command(drift.drift)
 cli.add_command(drift.calibrate_drift)
 cli.add_command(bench.bench)
+cli.add_command(dashboard.dashboards)
+cli.add_command(summary.summary)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)
 cli.add_command(alert_drill.alert_drill)
