@@ -14,7 +14,9 @@ from ops import (
     lock,
     publish,
     push,
+    quality,
     release,
+    replay,
     roundtrip,
     scan,
     smoke,
@@ -53,6 +55,8 @@ cli.add_command(smoke.smoke)
 cli.add_command(synthetic.synthetic)
 cli.add_command(drift.drift)
 cli.add_command(drift.calibrate_drift)
+cli.add_command(replay.replay)
+cli.add_command(quality.quality)
 cli.add_command(bench.bench)
 cli.add_command(dashboard.dashboards)
 cli.add_command(summary.summary)
