@@ -1280,12 +1280,13 @@ def moments(
     "The same as datetime64."
     return seconds.astype("datetime64[s]")
 
-# %% ../chapters/05_monitoring.ipynb #7c5dfd32
+# %% ../chapters/05_monitoring.ipynb #8cd6e19b
 def flight_id(
     identity: str,  # as the data set names a flight
+    scored_at: int,  # Unix seconds
 ) -> str:
-    "The request id of a flight: 32 hex digits, always the same ones."
-    return hashlib.sha256(identity.encode()).hexdigest()[:32]
+    "The request id of a flight: 32 hex digits, always the same ones. They begin with the time."
+    return f"{scored_at:08x}{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
 
 # %% ../chapters/05_monitoring.ipynb #82a78d8e
 class Outcome(NamedTuple):
@@ -1329,7 +1330,7 @@ def _plain(values: "pd.Series", kind: str) -> list[Any]:
         return [str(value) for value in values]
     return [None if math.isnan(value) else value for value in values.astype(float).tolist()]
 
-# %% ../chapters/05_monitoring.ipynb #a1585d09
+# %% ../chapters/05_monitoring.ipynb #ddd5c8b9
 def record(
     flights: "pd.DataFrame",  # the whole data set: what left before `first` is on the board too
     first: str,  # first local day of scheduled departure, such as '2013-09-01'
@@ -1340,12 +1341,12 @@ def record(
     part = flights[(day >= first) & (day <= last)].sort_values("scheduled_utc", kind="stable")
     if part.empty:
         raise ValueError(f"no flights from {first} to {last}; the data has {day.min()} to {day.max()}")
-    known = as_seconds(known_at(part))
+    known, scored = as_seconds(known_at(part)), as_seconds(part["scheduled_utc"] - SCORING_LEAD)
     return Recording(
         board=DepartureBoard(flights),
-        ids=[flight_id(name) for name in part["identity"]],
+        ids=[flight_id(name, at) for name, at in zip(part["identity"], scored.tolist(), strict=True)],
         columns={c.name: _plain(part[c.name], c.kind) for c in INPUTS if c.name != "recent_origin_delay_min"},
-        scored_at=as_seconds(part["scheduled_utc"] - SCORING_LEAD),
+        scored_at=scored,
         known_at=known,
         disrupted=part[LABEL].to_numpy(int),
         landing=np.argsort(known, kind="stable"),
@@ -1455,7 +1456,7 @@ class Scored(NamedTuple):
     probability: float  # as published, four decimals
     disrupted: int  # what was decided
 
-# %% ../chapters/05_monitoring.ipynb #a0ae65a2
+# %% ../chapters/05_monitoring.ipynb #6df3f1ef
 class LabelStore:
     "Predictions and outcomes in one file, joined by request id. The first of two rows with the same key is kept."
 
@@ -1466,9 +1467,6 @@ class LabelStore:
         # last steps may be missing, all of each, and are replayed.
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = NORMAL")
-        # Ids are random: each step touches pages everywhere, so let many steps share the copy into the main file.
-        self.db.execute("PRAGMA wal_autocheckpoint = 8000")
-        self.db.execute("PRAGMA cache_size = -65536")
         self.db.executescript(_TABLES)
 
     def close(self) -> None:
