@@ -20,3 +20,11 @@ artifacts_option = click.option(
     default=ROOT / "artifacts",
     help="Where models are kept. Default: artifacts/ in the project.",
 )
+
+# Every command that reads or writes the ledger takes this option.
+store_option = click.option(
+    "--store",
+    "store_url",
+    help="Where models, channels and ledger are kept: a folder or s3://bucket/name. "
+    "Default: artifacts/flight-disruption in the project.",
+)
