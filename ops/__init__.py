@@ -4,6 +4,7 @@ Nothing imports this package (the import layers in pyproject.toml say so), and i
 cheap: each command imports the libraries it needs inside its own functions.
 """
 
+import os
 from pathlib import Path
 
 import click
@@ -12,6 +13,14 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 # Where `up` writes the API key of the containers on this machine.
 KEY_FILE = ROOT / ".secrets" / "API_KEY"
+
+
+def setting(name: str, default: str = "") -> str:
+    """Return a variable that Docker Compose reads too: from the environment, else from .env, as Compose does."""
+    from dotenv import dotenv_values
+
+    return os.environ.get(name) or dotenv_values(ROOT / ".env").get(name) or default
+
 
 # Every command that reads or writes models takes this option.
 artifacts_option = click.option(

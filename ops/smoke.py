@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from ops import KEY_FILE, ROOT, store_option
+from ops import KEY_FILE, ROOT, setting, store_option
 
 
 class Failed(click.ClickException):
@@ -29,7 +29,7 @@ def url_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def local_url() -> str:
     """Return the address of the service on this machine: its own if something listens there, else Envoy's."""
-    own, door = int(os.environ.get("PORT", "8000")), int(os.environ.get("DOOR_PORT", "8080"))
+    own, door = int(os.environ.get("PORT", "8000")), int(setting("DOOR_PORT", "8080"))
     open_ports = [port for port in (own, door) if listens(port)]
     return f"http://127.0.0.1:{[*open_ports, own][0]}"
 
