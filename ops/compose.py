@@ -67,6 +67,15 @@ def wait_for(url: str, seconds: float) -> None:
     raise DockerError(f"{url}/ready: {last}")
 
 
+def taken(told: dict[str, str]) -> str:
+    """Return a line that says that the door's port belongs to another program, or nothing."""
+    port = int(setting("DOOR_PORT", "8080"))
+    ours = compose("ps", "--quiet", "--status=running", "envoy", environment=told, show=False).strip()
+    if ours or not listens(port):
+        return ""
+    return f"\nPort {port} is taken by another program; choose another: DOOR_PORT=8090 make up"
+
+
 def start_checks(dev: bool, told: dict[str, str]) -> None:
     """Start the checks on a schedule. What serves is not stopped because nobody watches it, but it is said."""
     image = told["CHECKS_IMAGE"]
@@ -156,22 +165,14 @@ def up(
         logs = compose("logs", "--no-color", "--no-log-prefix", "service", environment=told, show=False).splitlines()
         # Its answers to the health check would hide what it said about itself.
         said = "\n".join([line for line in logs if '"event":"request"' not in line][-LINES:])
-        port = int(setting("DOOR_PORT", "8080"))
-        stolen = (
-            listens(port)
-            and not compose("ps", "--quiet", "--status=running", "envoy", environment=told, show=False).strip()
-        )
-        taken = f"Port {port} is taken by another program; choose another: DOOR_PORT=8090 make up\n" if stolen else ""
-        raise DockerError(
-            f"{error.message}\n{said}\n{taken}Not ready. `make down` removes what was started."
-        ) from error
+        why = f"{error.message}\n{said}{taken(told)}"
+        raise DockerError(f"{why}\nNot ready. `make down` removes what was started.") from error
     click.echo(f"{name} is ready after {time.monotonic() - started:.1f} s, as {place}")
     start_checks(dev, told)
     click.echo(f"  predictions  {url}/v1/predict   header X-API-Key: the text in {key_file}")
     click.echo(f"  readiness    {url}/ready")
-    click.echo(
-        f"Check it with `make smoke{f' CHANNEL={channel}' if channel else ''}`, see its logs with `docker compose logs`, remove it with `make down`."
-    )
+    check = f"make smoke CHANNEL={channel}" if channel else "make smoke"
+    click.echo(f"Check it with `{check}`, see its logs with `docker compose logs`, remove it with `make down`.")
 
 
 @click.command(short_help="Stop and remove the containers that `up` has started.")
