@@ -65,6 +65,7 @@ bench: setup ## Compare speed and size with other servers of the same model (nee
 	$(BIN)/python -m ops bench
 
 image: setup ## Build this commit's images, print their size; ARCHIVE=FILE also saves them (needs Docker)
+	@mkdir -p build
 	$(BIN)/python -m ops image $(if $(ARCHIVE),--archive "$$ARCHIVE")
 
 up: setup ## Start Envoy and the service in containers, print the URLs; CHANNEL=prod runs that release (needs Docker)
