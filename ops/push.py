@@ -57,7 +57,7 @@ def push(registry: str, archive: Path | None, output: Path | None) -> None:
     """Push flight-disruption:sha-COMMIT and the checks' image to REGISTRY under the same tag.
 
     Refused: an image of uncommitted changes, an image that `scan` finds a secret in, and a tag that already names
-    another image. Take the printed digest for `python -m ops release --image`.
+    another image. Take the first printed name for `release --image`.
     """
     if "://" in registry or not registry.strip():
         raise click.BadParameter(
