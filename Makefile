@@ -31,8 +31,13 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 # What tests need and Python packages cannot bring. Already there: nothing is done, and no right is needed.
-tools: ## Install the load generator wrk with apt-get (Debian and Ubuntu), if it is missing
+# Prometheus comes from its image, in the version that docker-compose.yml runs: packages of distributions are older.
+PROMETHEUS_IMAGE ?= prom/prometheus:v3.5.3
+tools: ## Install wrk (Debian and Ubuntu) and, from its Docker image, Prometheus with promtool, if they are missing
 	command -v wrk || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install --yes -qq --no-install-recommends wrk; }
+	command -v promtool || { id=$$(docker create $(PROMETHEUS_IMAGE)) \
+	  && docker cp $$id:/bin/prometheus - | $(SUDO) tar -x -C /usr/local/bin \
+	  && docker cp $$id:/bin/promtool - | $(SUDO) tar -x -C /usr/local/bin; docker rm $$id > /dev/null; }
 
 course: setup ## Run the chapters on the full data; notebooks and pages go to build/
 	$(BIN)/python -m ops course

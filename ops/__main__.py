@@ -3,6 +3,7 @@
 import click
 
 from ops import (
+    alert_drill,
     audit,
     bench,
     compose,
@@ -19,9 +20,11 @@ from ops import (
     roundtrip,
     scan,
     smoke,
+    summary,
     synthetic,
     train,
 )
+from ops.grafana import dashboard
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,8 +58,11 @@ cli.add_command(drift.calibrate_drift)
 cli.add_command(replay.replay)
 cli.add_command(quality.quality)
 cli.add_command(bench.bench)
+cli.add_command(dashboard.dashboards)
+cli.add_command(summary.summary)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)
+cli.add_command(alert_drill.alert_drill)
 
 if __name__ == "__main__":
     cli(prog_name="python -m ops")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
@@ -14,11 +15,15 @@ from ops.docker import DockerError, docker, missing
 from ops.image import checks_of, exists, labels, plan
 
 READY_S = 90  # for both containers to become healthy
+WATCHING_S = 60  # for each of those that watch
+SECRETS = KEY_FILE.parent
+# Where alerts go until somebody names another place: the container that writes them down.
+INBOX_URL = "http://inbox:8080/"
 LINES = 15  # of the service's log, shown when it does not become ready
 
 
-def make_key(path: Path) -> None:
-    """Write a random key unless there is one.
+def make_key(path: Path, text: str | None = None) -> None:
+    """Write a secret unless there is one: a random key, or `text`.
 
     The folder keeps other users of this machine out; the file itself is readable, because in the container another
     user has to read it.
@@ -26,8 +31,19 @@ def make_key(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.write_text(secrets.token_urlsafe(32) + "\n", encoding="ascii")
+    path.write_text((text or secrets.token_urlsafe(32)) + "\n", encoding="ascii")
     path.chmod(0o444)
+
+
+def make_secrets() -> dict[str, str]:
+    """Write each secret that is not there, and return which variable names which file."""
+    files = {}
+    for name, text in (("API_KEY", None), ("ALERT_WEBHOOK_URL", INBOX_URL), ("GRAFANA_PASSWORD", None)):
+        variable = "ALERT_WEBHOOK_FILE" if name == "ALERT_WEBHOOK_URL" else f"{name}_FILE"
+        path = Path(os.environ.get(variable) or SECRETS / name)
+        make_key(path, text)
+        files[variable] = str(path.resolve())
+    return files
 
 
 def expected_digest(image: str, artifacts: Path) -> str:
@@ -67,15 +83,45 @@ def wait_for(url: str, seconds: float) -> None:
     raise DockerError(f"{url}/ready: {last}")
 
 
-def start_checks(dev: bool, told: dict[str, str]) -> None:
-    """Start the checks on a schedule. What serves is not stopped because nobody watches it, but it is said."""
-    image = told["CHECKS_IMAGE"]
+# What watches, in the order in which it is started: the service's name in docker-compose.yml, what is missing without
+# it, the port inside the container for those that somebody looks at.
+WATCHERS = {
+    "checks": ("Not checked on a schedule", None),
+    "inbox": ("No inbox for alerts", None),
+    "alertmanager": ("No alerts are sent", 9093),
+    "prometheus": ("Not watched by Prometheus", 9090),
+    "grafana": ("No dashboards", 3000),
+}
+
+
+def obtain(image: str) -> None:
+    """Make sure that an image is here. Raises `DockerError` that says in one line why it is not."""
+    if exists(image):
+        return
+    if image.startswith("flight-disruption"):
+        raise DockerError(f"there is no image {image}; `make image` builds it, or name another in CHECKS_IMAGE")
+    click.echo(f"pulling {image}", err=True)
     try:
-        if not exists(image):
-            raise DockerError(f"there is no image {image}; `make image` builds it, or name another in CHECKS_IMAGE")
-        compose("up", "--detach", "checks", dev=dev, environment=told)
+        docker("pull", "--quiet", image)
     except DockerError as error:
-        click.echo(f"Not checked on a schedule: {error.message}", err=True)
+        why = error.message.strip().splitlines()[-1].rpartition("daemon: ")[2]
+        raise DockerError(f"the image {image} is not here and cannot be pulled ({why})") from error
+
+
+def start_watchers(dev: bool, told: dict[str, str]) -> dict[str, str]:
+    """Start what watches, and return the addresses. What serves is not stopped because nobody looks, but it is said."""
+    found: dict[str, str] = {}
+    services = json.loads(compose("config", "--format", "json", environment=told, show=False))["services"]
+    for name, (without, port) in WATCHERS.items():
+        try:
+            obtain(services[name]["image"])
+            waiting = ["--wait", "--wait-timeout", str(WATCHING_S)] if port else []
+            compose("up", "--detach", "--no-deps", *waiting, name, dev=dev, environment=told)
+            if port:
+                found[name] = "http://" + compose("port", name, str(port), environment=told, show=False).strip()
+        except DockerError as error:
+            click.echo(f"{without}: {error.message}", err=True)
+    return found
 
 
 @click.command(short_help="Start the service in containers and wait until it is ready.")
@@ -88,22 +134,20 @@ def start_checks(dev: bool, told: dict[str, str]) -> None:
 def up(image_name: str | None, place: str, dev: bool, artifacts: Path) -> None:
     """Start Envoy and the service from built images, wait until they are healthy, and print the URLs.
 
-    Then the checks on a schedule are started; without them the service runs all the same. The API key is in
-    .secrets/API_KEY; a random one is written there if there is none.
+    Then what watches them is started: checks on a schedule, Prometheus, Alertmanager, Grafana. Without one of these the
+    rest runs all the same, and a line says so. The API key is in .secrets/API_KEY, Grafana's password beside it; what
+    is not there is made.
     """
     if why := missing():
         raise DockerError(why)
     name = image_name or os.environ.get("SERVICE_IMAGE") or plan(artifacts, None).tag
     if not exists(name):
         raise DockerError(f"there is no image {name}; build it with `make image`")
-    key_file = Path(os.environ.get("API_KEY_FILE") or KEY_FILE)
-    make_key(key_file)
-    told = {
+    told = make_secrets() | {
         "SERVICE_IMAGE": name,
         "CHECKS_IMAGE": os.environ.get("CHECKS_IMAGE") or checks_of(name),
         "APP_ENV": place,
         "MODEL_DIGEST": expected_digest(name, artifacts),
-        "API_KEY_FILE": str(key_file.resolve()),
     }
     started = time.monotonic()
     try:
@@ -116,9 +160,18 @@ def up(image_name: str | None, place: str, dev: bool, artifacts: Path) -> None:
         said = "\n".join([line for line in logs if '"event":"request"' not in line][-LINES:])
         raise DockerError(f"{error.message}\n{said}\nNot ready. `make down` removes what was started.") from error
     click.echo(f"{name} is ready after {time.monotonic() - started:.1f} s, as {place}")
-    start_checks(dev, told)
-    click.echo(f"  predictions  {url}/v1/predict   header X-API-Key: the text in {key_file}")
-    click.echo(f"  readiness    {url}/ready")
+    found = start_watchers(dev, told)
+    click.echo(f"  predictions   {url}/v1/predict   header X-API-Key: the text in {told['API_KEY_FILE']}")
+    click.echo(f"  readiness     {url}/ready")
+    for name, text in (
+        ("prometheus", "metrics, rules, alerts"),
+        ("alertmanager", "who was told"),
+        ("grafana", "dashboards"),
+    ):
+        if name in found:
+            click.echo(f"  {name:12}  {found[name]}   {text}")
+    if "grafana" in found:
+        click.echo(f"                looking needs no password; that of admin is in {told['GRAFANA_PASSWORD_FILE']}")
     click.echo("Check it with `make smoke`, see its logs with `docker compose logs`, remove it with `make down`.")
 
 

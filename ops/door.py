@@ -27,15 +27,22 @@ def configure(
     service: int,  # port of the service, on this machine
     admin: int = 0,  # port for statistics; 0 lets the system choose
 ) -> Path:
-    """Write Envoy's configuration for this machine and return the file to start it with."""
+    """Write Envoy's configuration for this machine and return the file to start it with.
+
+    Here statistics are asked for at the administration's port itself, so the listener that shows them to the inner
+    network of the containers is left out.
+    """
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
     text = (CONFIG / "envoy.yaml").read_text(encoding="utf-8").replace(HOME, str(folder.resolve()))
     config: dict[str, Any] = yaml.safe_load(text)
     config["admin"]["address"]["socket_address"]["port_value"] = admin
-    config["static_resources"]["listeners"][0]["address"]["socket_address"] = loopback(door)
-    for cluster in config["static_resources"]["clusters"]:
+    parts = config["static_resources"]
+    parts["listeners"] = [one for one in parts["listeners"] if one["name"] == "door"]
+    parts["clusters"] = [one for one in parts["clusters"] if one["name"] != "administration"]
+    parts["listeners"][0]["address"]["socket_address"] = loopback(door)
+    for cluster in parts["clusters"]:
         for place in cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]:
             place["endpoint"]["address"]["socket_address"] = loopback(service)
     shutil.copy(CONFIG / "routes.yaml", folder / "routes.yaml")
