@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +36,6 @@ from mlops_course.monitoring import (
     day_sums,
     duration,
     estimate,
-    flight_id,
     forget,
     joined,
     known_at,
@@ -105,7 +105,8 @@ def test_the_recent_delay_equals_training_to_the_last_bit(flights, first, last, 
     """November has the night in which the clock goes back."""
     day = flights["scheduled_departure"].dt.strftime("%Y-%m-%d")
     part = flights[(day >= first) & (day <= last)]
-    expected = dict(zip(map(flight_id, part["identity"]), part["recent_origin_delay_min"], strict=True))
+    ids = record(flights, first, last).ids
+    expected = dict(zip(ids, part.sort_values("scheduled_utc", kind="stable")["recent_origin_delay_min"], strict=True))
     seen = {
         r["request_id"]: r["recent_origin_delay_min"]
         for s in play(record(flights, first, last), minutes)
@@ -118,14 +119,21 @@ def test_the_recent_delay_equals_training_to_the_last_bit(flights, first, last, 
 
 def test_a_request_is_the_one_of_training(flights):
     """All fields, types and the way a missing value is written."""
-    day = flights[flights["scheduled_departure"].dt.strftime("%Y-%m-%d") == "2013-12-30"].sample(200, random_state=0)
+    day = flights[flights["scheduled_departure"].dt.strftime("%Y-%m-%d") == "2013-12-30"]
     assert day["temperature_f"].isna().any()
-    sent = {r["request_id"]: r for s in play(record(flights, "2013-12-30", "2013-12-30"), 60) for r in s.requests}
-    for row in day.to_dict("records"):
-        expected = as_request(row)
-        expected["scheduled_departure"] = expected["scheduled_departure"][:19]
-        assert sent[flight_id(str(row["identity"]))] == expected | {"request_id": flight_id(str(row["identity"]))}
+    recording = record(flights, "2013-12-30", "2013-12-30")
+    sent = {r["request_id"]: r for s in play(recording, 60) for r in s.requests}
+    for name, row in zip(recording.ids, day.to_dict("records"), strict=True):
+        assert sent[name] == as_request(row) | {"request_id": name}
     assert {c.name for c in INPUTS} | {"request_id"} == next(iter(sent.values())).keys()
+
+
+def test_a_flight_has_one_id_and_no_other_flight_has_it(flights):
+    whole, part = record(flights, "2013-09-01", "2013-12-31"), record(flights, "2013-12-30", "2013-12-30")
+    assert len(set(whole.ids)) == len(whole) == 111_866
+    assert set(part.ids) < set(whole.ids)
+    assert all(re.fullmatch("[0-9a-f]{32}", name) for name in whole.ids)
+    assert whole.ids == sorted(whole.ids, key=lambda name: name[:8])
 
 
 def test_nothing_from_the_future_reaches_a_request(flights):

@@ -226,7 +226,7 @@ def test_the_speed_says_what_windows_of_rules_become(unused_port, tmp_path):
 @pytest.fixture(scope="module")
 def weeks(flights, artifacts_root, tmp_path_factory) -> Path:
     """Return a store with sixteen days of December, scored by the model without a service."""
-    from mlops_course.monitoring import as_seconds, flight_id, known_at
+    from mlops_course.monitoring import as_seconds, known_at, record
     from mlops_course.training import onnx_scores
 
     days = flights["scheduled_departure"].dt.strftime("%Y-%m-%d")
@@ -234,7 +234,7 @@ def weeks(flights, artifacts_root, tmp_path_factory) -> Path:
     graph = (artifacts_root / MODEL_NAME / "1.0.0" / "model.onnx").read_bytes()
     score, day = onnx_scores(graph, part).astype(float).round(4).tolist(), days[part.index].tolist()
     at, known = (as_seconds(part["scheduled_utc"]) - 7_200).tolist(), as_seconds(known_at(part)).tolist()
-    ids, label, origin = map(flight_id, part["identity"]), part["disrupted"].tolist(), part["origin"].tolist()
+    ids, label, origin = record(part, "2013", "2014").ids, part["disrupted"].tolist(), part["origin"].tolist()
     path: Path = tmp_path_factory.mktemp("weeks") / "labels.sqlite"
     each = list(zip(ids, at, day, origin, score, label, known, strict=True))
     predictions = [Scored(i, "1.0.0", "r", t, d, o, s, int(s >= 0.34)) for i, t, d, o, s, _, _ in each]
