@@ -25,6 +25,7 @@ import yaml
 
 from mlops_course.release import fingerprint_of
 from mlops_course.serving import EXAMPLE, PROBLEM_TYPE, Settings, config_fingerprint
+from ops.alert_rules import configure
 from ops.compose import make_key
 
 HEAL_S = 60
@@ -39,6 +40,7 @@ class Stack:
     environment: dict[str, str]
     artifacts: Path
     printed: str = ""
+    complained: str = ""
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -103,12 +105,20 @@ def make_stack(
         keep = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "DOCKER_HOST", "TMPDIR")}
         own = {
             "COMPOSE_PROJECT_NAME": f"flights-{name}-{os.getpid()}",
-            "DOOR_PORT": str(unused_port()),
-            "PORT": str(unused_port()),
+            **{
+                name: str(unused_port())
+                for name in ("DOOR_PORT", "PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT", "GRAFANA_PORT")
+            },
             # One round at the start; after it the tests have the service to themselves.
             "CHECKS_EVERY_S": "3600",
-            "API_KEY_FILE": str(tmp_path_factory.mktemp(name) / "secrets" / "API_KEY"),
         }
+        secrets = tmp_path_factory.mktemp(name) / "secrets"
+        for variable, file in (
+            ("API_KEY_FILE", "API_KEY"),
+            ("ALERT_WEBHOOK_FILE", "ALERT_WEBHOOK_URL"),
+            ("GRAFANA_PASSWORD_FILE", "GRAFANA_PASSWORD"),
+        ):
+            own[variable] = str(secrets / file)
         made.append(Stack(own["COMPOSE_PROJECT_NAME"], built_image, keep | own, artifacts_root))
         return made[-1]
 
@@ -123,9 +133,18 @@ def stack(make_stack: Callable[..., Stack]) -> Stack:
     made = make_stack("prod")
     done = made.ops("up", "--image", made.image, "--artifacts", str(made.artifacts))
     assert done.returncode == 0, done.stdout + done.stderr
-    made.printed = done.stdout
+    made.printed, made.complained = done.stdout, done.stderr
     made.headers = {"X-API-Key": Path(made.environment["API_KEY_FILE"]).read_text().strip()}
     return made
+
+
+def need_image(stack: Stack, name: str) -> None:
+    """Skip where an image of somebody else's is not here and could not be pulled; `make up` has said so."""
+    services = yaml.safe_load(stack.docker("compose", "config", "--no-interpolate"))["services"]
+    image = services[name]["image"].split(":-")[1].rstrip("}")
+    if subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False).returncode:
+        assert f"the image {image} is not here and cannot be pulled" in stack.complained
+        pytest.skip(f"needs the image {image}, which is not here and cannot be pulled")
 
 
 def wait_until_healed(stack: Stack) -> None:
@@ -136,6 +155,13 @@ def wait_until_healed(stack: Stack) -> None:
             return
         time.sleep(0.2)
     raise AssertionError(stack.docker("logs", "--tail", "20", f"{stack.project}-service-1"))
+
+
+@pytest.mark.parametrize("name", ["API_KEY", "ALERT_WEBHOOK_URL", "GRAFANA_PASSWORD"])
+def test_secrets_are_files_that_nobody_elses_folder_shows(stack: Stack, name: str) -> None:
+    file = Path(stack.environment["API_KEY_FILE"]).with_name(name)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o444
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
 def test_up_prints_the_urls_and_never_the_key(stack: Stack) -> None:
@@ -163,12 +189,15 @@ def test_the_key_is_needed(stack: Stack) -> None:
     assert stack.predict().status_code == 200
 
 
+def published(stack: Stack, name: str) -> dict[str, set[str]]:
+    """Return the ports of a container that are reachable from outside of it, and at which address."""
+    ports = stack.container(name)["NetworkSettings"]["Ports"]
+    return {port: {one["HostIp"] for one in places} for port, places in ports.items() if places}
+
+
 def test_only_the_door_is_published_and_only_here(stack: Stack) -> None:
-    assert not any(stack.container("service")["NetworkSettings"]["Ports"].values())
-    published = stack.container("envoy")["NetworkSettings"]["Ports"]
-    assert [(port, [one["HostIp"] for one in places]) for port, places in published.items() if places] == [
-        ("8080/tcp", ["127.0.0.1"])
-    ]
+    assert published(stack, "envoy") == {"8080/tcp": {"127.0.0.1"}}
+    assert [published(stack, name) for name in ("service", "checks", "inbox")] == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/docs", "/openapi.json"])
@@ -184,6 +213,83 @@ def test_envoys_administration_is_for_its_own_container_only(stack: Stack) -> No
     )
 
 
+def test_statistics_are_for_the_inner_network_only(stack: Stack) -> None:
+    """One page of Envoy's administration, to be read; nothing else of it, and nothing through the door."""
+
+    def asked(method: str, path: str) -> str:
+        code = (
+            "import http.client as h; c = h.HTTPConnection('envoy', 9902, timeout=3); "
+            f"c.request({method!r}, {path!r}); a = c.getresponse(); print(a.status, len(a.read()))"
+        )
+        return stack.python("service", code).stdout.split(" ")[0]
+
+    assert asked("GET", "/stats/prometheus") == "200"
+    assert [asked("GET", path) for path in ("/", "/config_dump", "/stats", "/stats/prometheus/..")] == ["404"] * 4
+    assert [asked("POST", path) for path in ("/stats/prometheus", "/quitquitquit")] == ["404"] * 2
+    assert httpx.get(stack.url + "/stats/prometheus").status_code == 404
+
+
+def prometheus(stack: Stack, path: str) -> Any:
+    """Ask Prometheus at its published port."""
+    need_image(stack, "prometheus")
+    answer = httpx.get(f"http://127.0.0.1:{stack.environment['PROMETHEUS_PORT']}/api/v1/{path}").json()
+    assert answer["status"] == "success", answer
+    return answer["data"]
+
+
+def test_prometheus_reaches_everything_that_is_to_be_watched(stack: Stack) -> None:
+    expected = {"service", "envoy", "checks", "prometheus", "alertmanager"}
+    end = time.monotonic() + 60
+    while True:
+        found = prometheus(stack, "targets")["activeTargets"]
+        if {one["labels"]["job"] for one in found if one["health"] == "up"} == expected:
+            break
+        assert time.monotonic() < end, found
+        time.sleep(0.5)
+    assert published(stack, "prometheus") == {"9090/tcp": {"127.0.0.1"}}
+    assert f"http://127.0.0.1:{stack.environment['PROMETHEUS_PORT']} " in stack.printed
+
+
+def test_samples_are_kept_as_long_as_the_objective_and_not_without_end(stack: Stack) -> None:
+    flags = prometheus(stack, "status/flags")
+    assert (flags["storage.tsdb.retention.time"], flags["storage.tsdb.retention.size"]) == ("5w", "4GiB")
+    assert prometheus(stack, "status/runtimeinfo")["storageRetention"] == "5w or 4GiB"
+    assert (flags["web.enable-admin-api"], flags["web.enable-lifecycle"]) == ("false", "false")
+
+
+def test_prometheus_has_the_committed_rules_and_nothing_is_wrong_with_them(stack: Stack, root: Path) -> None:
+    found = prometheus(stack, "rules")["groups"]
+    files = [yaml.safe_load(file.read_text()) for file in (root / "ops" / "prometheus" / "rules").glob("*.yml")]
+    assert {one["name"] for one in found} == {group["name"] for file in files for group in file["groups"]}
+    assert {rule["health"] for group in found for rule in group["rules"]} <= {"ok", "unknown"}
+
+
+def test_alertmanager_knows_its_receiver_from_a_file(stack: Stack) -> None:
+    need_image(stack, "alertmanager")
+    found = stack.container("alertmanager")
+    url = Path(stack.environment["ALERT_WEBHOOK_FILE"]).read_text().strip()
+    assert url == "http://inbox:8080/"
+    assert url not in json.dumps([found["Config"]["Env"], found["Config"]["Cmd"]])
+    assert published(stack, "alertmanager") == {"9093/tcp": {"127.0.0.1"}}
+    status = httpx.get(f"http://127.0.0.1:{stack.environment['ALERTMANAGER_PORT']}/api/v2/status").json()
+    assert "url_file: /run/secrets/ALERT_WEBHOOK_URL" in status["config"]["original"]
+    assert url not in status["config"]["original"]
+
+
+def test_without_grafana_everything_else_runs_and_one_line_says_so(stack: Stack) -> None:
+    password = Path(stack.environment["GRAFANA_PASSWORD_FILE"]).read_text().strip()
+    assert len(password) >= 40
+    assert password not in stack.printed + stack.complained
+    present = subprocess.run(["docker", "image", "inspect", "grafana/grafana:13.1.1"], capture_output=True, check=False)
+    if present.returncode == 0:
+        assert f"http://127.0.0.1:{stack.environment['GRAFANA_PORT']} " in stack.printed
+        return
+    lines = [line for line in stack.complained.splitlines() if line.startswith("No dashboards: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("No dashboards: the image grafana/grafana:13.1.1 is not here and cannot be pulled (")
+    assert "grafana " not in stack.printed
+
+
 def test_the_service_has_no_way_out(stack: Stack) -> None:
     """Its only network is internal: the engine forwards nothing from there to other networks."""
     networks = list(stack.container("service")["NetworkSettings"]["Networks"])
@@ -191,8 +297,13 @@ def test_the_service_has_no_way_out(stack: Stack) -> None:
     assert stack.docker("network", "inspect", "--format", "{{.Internal}}", *networks).strip() == "true"
 
 
-@pytest.mark.parametrize("name", ["service", "envoy", "checks"])
+MEMORY = {"service": 256, "envoy": 256, "checks": 256, "inbox": 64, "prometheus": 512, "alertmanager": 128}
+
+
+@pytest.mark.parametrize("name", sorted(MEMORY))
 def test_containers_are_hardened_and_limited(stack: Stack, name: str) -> None:
+    if name in ("prometheus", "alertmanager"):
+        need_image(stack, name)
     found = stack.container(name)
     host = found["HostConfig"]
     assert host["ReadonlyRootfs"]
@@ -200,7 +311,7 @@ def test_containers_are_hardened_and_limited(stack: Stack, name: str) -> None:
     assert not host["CapAdd"]
     assert not host["Privileged"]
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
-    assert (host["NanoCpus"], host["Memory"], host["PidsLimit"]) == (10**9, 256 * 1024 * 1024, 64)
+    assert (host["NanoCpus"], host["Memory"], host["PidsLimit"]) == (10**9, MEMORY[name] * 1024 * 1024, 64)
     assert host["RestartPolicy"]["Name"] == "unless-stopped"
     assert host["LogConfig"]["Config"]["max-size"] == "10m"
     assert int(found["Config"]["User"].split(":")[0]) > 0
@@ -338,12 +449,83 @@ def test_the_checks_have_no_way_out_and_no_key_in_their_variables(stack: Stack) 
     assert not any(stack.headers["X-API-Key"] in value for value in found["Config"]["Env"])
 
 
+def inbox(stack: Stack, until: Callable[[list[dict[str, Any]]], bool], seconds: float) -> list[dict[str, Any]]:
+    """Wait until something holds of the alerts that have arrived, and return them."""
+    end = time.monotonic() + seconds
+    while not until(found := stack.log("inbox")):
+        assert time.monotonic() < end, found
+        time.sleep(0.5)
+    return found
+
+
+def test_an_alert_reaches_a_person_and_its_symptoms_do_not(
+    make_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """From the fault to the message: Prometheus, Alertmanager, webhook. Only the windows of the rules are shorter."""
+    alerted = make_stack("alerted")
+    folder = tmp_path_factory.mktemp("prometheus")
+    same = dict.fromkeys(("service", "envoy", "checks", "prometheus", "alertmanager"))
+    configure(folder, 240, same, "alertmanager:9093")
+    folder.chmod(0o755)
+    alerted.environment["PROMETHEUS_CONFIG"] = str(folder)
+    done = alerted.ops("up", "--image", alerted.image, "--artifacts", str(alerted.artifacts))
+    assert done.returncode == 0, done.stdout + done.stderr
+    alerted.complained = done.stderr
+    for name in ("prometheus", "alertmanager"):
+        need_image(alerted, name)
+    alerted.headers = {"X-API-Key": Path(alerted.environment["API_KEY_FILE"]).read_text().strip()}
+    stop, spoiled = threading.Event(), threading.Event()
+
+    def client() -> None:
+        with httpx.Client() as session:
+            while not stop.wait(0.05):
+                body = {} if spoiled.is_set() else EXAMPLE
+                session.post(alerted.url + "/v1/predict", json=body, headers=alerted.headers, timeout=20)
+
+    asking = threading.Thread(target=client)
+    asking.start()
+    try:
+        time.sleep(10)
+        alerted.docker("compose", "stop", "service")
+        found = inbox(alerted, lambda seen: any(one["alert"] == "ServiceDown" for one in seen), 90)
+        (page,) = (one for one in found if one["alert"] == "ServiceDown")
+        assert (page["receiver"], page["severity"], page["status"]) == ("pages", "page", "firing")
+        assert page["summary"] == "0 instances of the service answer"
+        assert page["runbook"] == "docs/incident_playbook.md#servicedown"
+        # The door answers 503, so the budget burns too; that is known and held back.
+        api = f"http://127.0.0.1:{alerted.environment['ALERTMANAGER_PORT']}/api/v2/alerts"
+        held = {one["labels"]["alertname"]: one["status"]["inhibitedBy"] for one in httpx.get(api).json()}
+        assert held["ServiceDown"] == []
+        assert held["AvailabilityBudgetBurnsFast"] != []
+        alerted.docker("compose", "start", "service")
+        spoiled.set()
+        found = inbox(
+            alerted,
+            lambda seen: (
+                any((one["alert"], one["status"]) == ("ServiceDown", "resolved") for one in seen)
+                and any(one["alert"] == "ValidationFailuresSurge" for one in seen)
+            ),
+            180,
+        )
+    finally:
+        stop.set()
+        asking.join(30)
+    ticket = next(one for one in found if one["alert"] == "ValidationFailuresSurge")
+    assert (ticket["receiver"], ticket["severity"], ticket["status"]) == ("tickets", "ticket", "firing")
+    assert ": missing" in ticket["summary"]
+    down = [one["status"] for one in found if one["alert"] == "ServiceDown"]
+    assert down[0] == "firing"
+    assert down[-1] == "resolved"
+    assert alerted.ops("down").returncode == 0
+
+
 def test_without_the_image_of_the_checks_the_service_runs_all_the_same(make_stack: Callable[..., Stack]) -> None:
     alone = make_stack("alone")
     alone.environment["CHECKS_IMAGE"] = "flight-disruption-checks:absent"
     done = alone.ops("up", "--image", alone.image, "--artifacts", str(alone.artifacts))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Not checked on a schedule: there is no image flight-disruption-checks:absent" in done.stderr
+    assert "No inbox for alerts: there is no image flight-disruption-checks:absent" in done.stderr
     assert httpx.get(alone.url + "/ready").status_code == 200
     assert alone.ops("down").returncode == 0
 
