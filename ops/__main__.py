@@ -8,6 +8,7 @@ from ops import (
     bench,
     compose,
     course,
+    dashboards,
     door,
     drift,
     image,
@@ -24,7 +25,6 @@ from ops import (
     synthetic,
     train,
 )
-from ops.grafana import dashboard
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,7 +58,7 @@ cli.add_command(drift.calibrate_drift)
 cli.add_command(replay.replay)
 cli.add_command(quality.quality)
 cli.add_command(bench.bench)
-cli.add_command(dashboard.dashboards)
+cli.add_command(dashboards.dashboards)
 cli.add_command(summary.summary)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)

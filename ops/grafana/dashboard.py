@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from mlops_course.blueprint import FEATURES, ORIGINS
 from ops import ROOT
 from ops.grafana.story import ROWS, Chart
@@ -236,11 +234,3 @@ def render() -> str:
         # The SDK would rather have the newer format; this is the one that Grafana has always read from files.
         warnings.filterwarnings("ignore", "Prefer using", DeprecationWarning)
         return JSONEncoder(sort_keys=True, indent=1).encode(build()) + "\n"
-
-
-@click.command(short_help="Write Grafana's dashboards from the code that describes them.")
-def dashboards() -> None:
-    """Write ops/grafana/dashboards/operator.json. Change ops/grafana/dashboard.py, never the JSON."""
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_text(render(), encoding="utf-8")
-    click.echo(f"wrote {TARGET.relative_to(ROOT)}")
