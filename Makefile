@@ -31,13 +31,14 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 # What tests need and Python packages cannot bring. Already there: nothing is done, and no right is needed.
-# Prometheus comes from its image, in the version that docker-compose.yml runs: packages of distributions are older.
+# Prometheus and Alertmanager come from the images that docker-compose.yml names: packages of distributions are older.
 PROMETHEUS_IMAGE ?= prom/prometheus:v3.5.3
-tools: ## Install wrk (Debian and Ubuntu) and, from its Docker image, Prometheus with promtool, if they are missing
+ALERTMANAGER_IMAGE ?= prom/alertmanager:v0.33.1
+tools: ## Install wrk (Debian and Ubuntu) and, from their images, prometheus, promtool and amtool, if they are missing
 	command -v wrk || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install --yes -qq --no-install-recommends wrk; }
-	command -v promtool || { id=$$(docker create $(PROMETHEUS_IMAGE)) \
-	  && docker cp $$id:/bin/prometheus - | $(SUDO) tar -x -C /usr/local/bin \
-	  && docker cp $$id:/bin/promtool - | $(SUDO) tar -x -C /usr/local/bin; docker rm $$id > /dev/null; }
+	for one in prometheus@$(PROMETHEUS_IMAGE) promtool@$(PROMETHEUS_IMAGE) amtool@$(ALERTMANAGER_IMAGE); do \
+	  command -v $${one%%@*} || { id=$$(docker create $${one#*@}) && docker cp $$id:/bin/$${one%%@*} - | $(SUDO) tar -x -C /usr/local/bin; \
+	    docker rm $$id > /dev/null; command -v $${one%%@*}; } || exit 1; done
 
 course: setup ## Run the chapters on the full data; notebooks and pages go to build/
 	$(BIN)/python -m ops course
@@ -73,7 +74,7 @@ image: setup ## Build this commit's images, print their size; ARCHIVE=FILE also 
 	@mkdir -p build
 	$(BIN)/python -m ops image $(if $(ARCHIVE),--archive "$$ARCHIVE")
 
-up: setup ## Start Envoy and the service in containers, print the URLs; CHANNEL=prod runs that release (needs Docker)
+up: setup ## Start service, Envoy and what watches them, print the URLs; CHANNEL=prod runs that release (needs Docker)
 	$(BIN)/python -m ops up $(if $(CHANNEL),--channel "$$CHANNEL") $(if $(STORE),--store "$$STORE")
 
 down: setup ## Stop and remove these containers

@@ -40,14 +40,19 @@ def test_every_command_prints_what_the_page_says(root: Path, clone: Path, unused
         *("make image", "make up", "make smoke"),
         "make down",
     ]
-    port, project = unused_port(), f"flights-page-{os.getpid()}"
-    environment = clean_environment() | {
-        "COMPOSE_PROJECT_NAME": project,
-        "DOOR_PORT": str(port),
-        "PORT": str(unused_port()),
-        "PYTHONPATH": str(clone),
-    }
-    lines = [f"{command}\nprintf '{MARK}'".replace(":8080", f":{port}") for command, _ in page]
+    project = f"flights-page-{os.getpid()}"
+    named = {"DOOR_PORT": 8080, "PROMETHEUS_PORT": 9090, "ALERTMANAGER_PORT": 9093, "GRAFANA_PORT": 3000}
+    ports = {name: str(unused_port()) for name in (*named, "PORT")}
+    environment = clean_environment() | ports | {"COMPOSE_PROJECT_NAME": project, "PYTHONPATH": str(clone)}
+
+    def moved(text: str, back: bool = False) -> str:
+        """Return a text with the ports of this test in place of those on the page, or the other way round."""
+        for name, number in named.items():
+            here, there = f"127.0.0.1:{number}", f"127.0.0.1:{ports[name]}"
+            text = text.replace(there, here) if back else text.replace(here, there)
+        return text
+
+    lines = [f"{moved(command)}\nprintf '{MARK}'" for command, _ in page]
     try:
         done = subprocess.run(
             ["bash", "-c", "\n".join(lines)],
@@ -64,7 +69,7 @@ def test_every_command_prints_what_the_page_says(root: Path, clone: Path, unused
     outputs = done.stdout.split(MARK)
     assert len(outputs) == len(page) + 1, done.stderr
     for (command, expected), printed in zip(page, outputs, strict=False):
-        told = printed.replace(f":{port}", ":8080")
+        told = moved(printed, back=True)
         wrong = difference(expected, told)
         assert wrong is None, f"$ {command}\n{wrong}\n{done.stderr[-3000:]}"
 
