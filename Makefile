@@ -31,12 +31,14 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 # What tests need and Python packages cannot bring. Already there: nothing is done, and no right is needed.
-# Debian starts Prometheus when it installs it; here only its programs are wanted, and its port is for `make up`.
-tools: ## Install wrk, Prometheus and Alertmanager with apt-get (Debian and Ubuntu), if they are missing
+# Prometheus and Alertmanager come from the images that docker-compose.yml names: packages of distributions are older.
+PROMETHEUS_IMAGE ?= prom/prometheus:v3.5.3
+ALERTMANAGER_IMAGE ?= prom/alertmanager:v0.33.1
+tools: ## Install wrk (Debian and Ubuntu) and, from their images, prometheus, promtool and amtool, if they are missing
 	command -v wrk || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install --yes -qq --no-install-recommends wrk; }
-	command -v promtool && command -v amtool || { $(SUDO) apt-get update -qq && \
-	  $(SUDO) apt-get install --yes -qq --no-install-recommends prometheus prometheus-alertmanager; \
-	  $(SUDO) systemctl disable --now prometheus prometheus-alertmanager 2> /dev/null || true; command -v promtool; }
+	for one in prometheus@$(PROMETHEUS_IMAGE) promtool@$(PROMETHEUS_IMAGE) amtool@$(ALERTMANAGER_IMAGE); do \
+	  command -v $${one%%@*} || { id=$$(docker create $${one#*@}) && docker cp $$id:/bin/$${one%%@*} - | $(SUDO) tar -x -C /usr/local/bin; \
+	    docker rm $$id > /dev/null; command -v $${one%%@*}; } || exit 1; done
 
 course: setup ## Run the chapters on the full data; notebooks and pages go to build/
 	$(BIN)/python -m ops course
@@ -69,16 +71,19 @@ bench: setup ## Compare speed and size with other servers of the same model (nee
 	$(BIN)/python -m ops bench
 
 image: setup ## Build this commit's images, print their size; ARCHIVE=FILE also saves them (needs Docker)
+	@mkdir -p build
 	$(BIN)/python -m ops image $(if $(ARCHIVE),--archive "$$ARCHIVE")
 
-up: setup ## Start service, Envoy and what watches them in containers, print the URLs (needs Docker)
-	$(BIN)/python -m ops up
+up: setup ## Start service, Envoy and what watches them, print the URLs; CHANNEL=prod runs that release (needs Docker)
+	$(BIN)/python -m ops up $(if $(CHANNEL),--channel "$$CHANNEL") $(if $(STORE),--store "$$STORE")
 
 down: setup ## Stop and remove these containers
 	$(BIN)/python -m ops down
 
 # Values that somebody types into a form reach these commands as variables of the shell ($$X), never as its text.
 push: setup ## Push this commit's images to REGISTRY, once; ARCHIVE=FILE loads them, OUTPUT=FILE gets the digest
+	@test -n "$$REGISTRY" || { echo "name the registry, without http://: make push REGISTRY=ghcr.io/NAME" >&2; exit 2; }
+	@case "$$REGISTRY" in *://*) echo "REGISTRY is host/name, without http://: make push REGISTRY=ghcr.io/NAME" >&2; exit 2;; esac
 	$(BIN)/python -m ops push --registry "$$REGISTRY" \
 	  $(if $(ARCHIVE),--archive "$$ARCHIVE") $(if $(OUTPUT),--output "$$OUTPUT")
 
@@ -91,12 +96,15 @@ sbom: setup ## Write the list of the service's packages, in CycloneDX format, to
 	$(BIN)/python -W ignore::UserWarning -m cyclonedx_py requirements service/requirements.lock \
 	  --pyproject pyproject.toml --output-reproducible --output-file build/sbom/service.cdx.json
 
-promote: setup ## Check the release DIGEST where it runs (URL) and move the channel TO; also NOTE, BY, STORE
-	$(BIN)/python -m ops promote "$$DIGEST" --to "$$TO" --url "$$URL" --note "$$NOTE" \
+promote: setup ## Check release DIGEST where it runs (URL) and move channel TO; also NOTE, BY, STORE
+	@test -n "$$DIGEST" || { echo "name the release: make promote DIGEST=sha256:… TO=staging (make history lists them)" >&2; exit 2; }
+	@test -n "$$TO" || { echo "name the channel: make promote DIGEST=… TO=staging, or TO=prod" >&2; exit 2; }
+	$(BIN)/python -m ops promote "$$DIGEST" --to "$$TO" $(if $(URL),--url "$$URL") --note "$$NOTE" \
 	  $(if $(BY),--by "$$BY") $(if $(STORE),--store "$$STORE")
 
-rollback: setup ## Put the release before this one back, in channel TO; also NOTE, BY, STORE
-	$(BIN)/python -m ops rollback --channel "$$TO" --note "$$NOTE" $(if $(BY),--by "$$BY") $(if $(STORE),--store "$$STORE")
+rollback: setup ## Put the release before this one back in channel TO (prod); also NOTE, BY, STORE
+	$(BIN)/python -m ops rollback $(if $(TO),--channel "$$TO") --note "$$NOTE" $(if $(BY),--by "$$BY") \
+	  $(if $(STORE),--store "$$STORE")
 
 history: setup ## Check and print the ledger of releases; also STORE
 	$(BIN)/python -m ops history $(if $(STORE),--store "$$STORE")
@@ -104,8 +112,8 @@ history: setup ## Check and print the ledger of releases; also STORE
 publish: setup ## Copy reports into docs/ and renew the numbers and tables in the documents
 	$(BIN)/python -m ops publish
 
-smoke: setup ## Ask a running service for a prediction and check the answer
-	$(BIN)/python -m ops smoke
+smoke: setup ## Ask a running service for a prediction and check the answer; CHANNEL=prod: it runs that release
+	$(BIN)/python -m ops smoke $(if $(CHANNEL),--channel "$$CHANNEL") $(if $(STORE),--store "$$STORE")
 
 export: setup ## Clean the chapters and write mlops_course from them
 	$(BIN)/nbdev-clean

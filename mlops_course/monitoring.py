@@ -2,14 +2,32 @@
 
 # %% auto #0
 __all__ = ['LATENCY_LIMIT', 'LATENCY_EDGES', 'STAGE_EDGES', 'LAG_EDGES', 'TIMED', 'STATUSES', 'STAGES', 'OUTCOMES',
-           'MISTAKE_REASONS', 'MISTAKE_FIELDS', 'Row', 'Series', 'CGROUP', 'LOG_FIELDS', 'stamp', 'Release', 'outcome',
+           'MISTAKE_REASONS', 'MISTAKE_FIELDS', 'Row', 'Series', 'CGROUP', 'LOG_FIELDS', 'stamp', 'SHARE_FLOOR',
+           'SCORE', 'SEGMENTS', 'KEY_FEATURES', 'Kind', 'SMALL_PSI', 'LARGE_PSI', 'DRIFT_CHECKS', 'REMEDIES', 'WEEK',
+           'MIN_ROWS', 'FALSE_ALARMS', 'SEVERAL', 'AT_ONCE', 'ON_GROUND', 'CANCELLED_AFTER', 'DIVERTED_AFTER',
+           'MATURITY', 'Send', 'BATCH', 'MIN_COVERAGE', 'LEVELS', 'GROUPS', 'ROUNDS', 'Number', 'QUALITY_RULES',
+           'MIN_DAYS', 'WINDOW_DAYS', 'Light', 'SIGNS', 'QUALITY_SHOWN', 'ANSWERS', 'Release', 'outcome',
            'RequestMetrics', 'known_mistake', 'exact_edges', 'NumberBins', 'CategoryBins', 'ModelCounts', 'add_batch',
            'present_shares', 'counted', 'expected', 'ModelMetrics', 'ContainerMetrics', 'Load', 'ServiceMetrics',
-           'Metrics', 'allowed', 'Clock', 'JsonLine', 'describe_error', 'is_sampled']
+           'Metrics', 'allowed', 'Clock', 'JsonLine', 'describe_error', 'is_sampled', 'psi', 'BinTable', 'find_places',
+           'count_days', 'flights_in', 'rest_share', 'DriftCheck', 'effects', 'effect_of', 'draw_window', 'mix_windows',
+           'thin', 'Baseline', 'joint_limits', 'limits_for', 'complete', 'plant', 'Comparison', 'compare', 'BinShare',
+           'Finding', 'DriftReport', 'explain', 'most_affected', 'bin_changes', 'bin_text', 'sentence', 'KnownCause',
+           'load_causes', 'severity', 'check_window', 'new_values', 'DriftVerdict', 'judge', 'diagnose', 'write_report',
+           'left_at', 'known_at', 'as_seconds', 'DepartureBoard', 'moments', 'flight_id', 'Outcome', 'Step',
+           'Recording', 'record', 'play', 'duration', 'scaled_window', 'paced', 'Scored', 'LabelStore', 'whole',
+           'write_step', 'bookmarks', 'replayed_to', 'forget', 'ReplayError', 'sender', 'replay', 'mature_days',
+           'Joined', 'joined', 'label_counts', 'DaySums', 'warned_within_budget', 'day_sums', 'measures', 'day_draws',
+           'Measured', 'Sample', 'measure', 'estimate', 'reference_month', 'QualityRule', 'Quality', 'assess_quality',
+           'proven', 'quality_by_month', 'LatestQuality', 'latest_quality', 'QualityMetrics', 'Limits', 'light',
+           'together', 'Figure', 'spaced', 'trend', 'quality_light', 'Point', 'Plot', 'Risk', 'quality_figures',
+           'quality_plot', 'quality_risks', 'drift_facts', 'Summary', 'three_answers', 'draw_plot', 'draw_line',
+           'finish_plot', 'page_colours', 'table', 'render_summary']
 
 # %% ../chapters/05_monitoring.ipynb #0b405889
 import json
 import math
+import re
 import threading
 import time
 import traceback
@@ -18,16 +36,30 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 # %% ../chapters/05_monitoring.ipynb #4149f3ed
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 # %% ../chapters/05_monitoring.ipynb #df835d43
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
-from .blueprint import CATEGORICAL, CRITERIA, FEATURES, INPUTS, MISSING, NUMERIC, ORIGINS, OTHER
+from mlops_course.blueprint import (
+    ALERT_BUDGET,
+    CATEGORICAL,
+    CRITERIA,
+    FEATURES,
+    INPUTS,
+    LABEL,
+    MISSING,
+    NUMERIC,
+    ORIGINS,
+    OTHER,
+)
 
 if TYPE_CHECKING:
-    pass
+    import pandas as pd
 
 # %% ../chapters/05_monitoring.ipynb #4bc21d85
 class Release(NamedTuple):
@@ -552,3 +584,1887 @@ def is_sampled(
 ) -> bool:
     "Whether the prediction of this id is written as an event. Every release decides the same for the same id."
     return int(request_id.replace("-", "")[-8:], 16) < share * 2**32
+
+# %% ../chapters/05_monitoring.ipynb #700984a5
+from datetime import date
+from functools import partial
+
+from pydantic import model_validator
+
+from .blueprint import COLUMNS
+
+# %% ../chapters/05_monitoring.ipynb #aeceb174
+SHARE_FLOOR = 1e-4  # an empty bin would make the index infinite
+
+
+def psi(
+    counts: np.ndarray,  # (..., bins) counts or shares in a window, missing values left out
+    expected: np.ndarray,  # (..., bins) the same in the baseline
+) -> np.ndarray:
+    "Population stability index over the last axis; NaN where nothing was counted."
+
+    def shares(table: np.ndarray) -> np.ndarray:
+        total = np.sum(table, axis=-1, keepdims=True, dtype=float)
+        return np.maximum(table / np.where(total > 0, total, np.nan), SHARE_FLOOR)
+
+    share, base = shares(counts), shares(expected)
+    return ((share - base) * np.log(share / base)).sum(-1)
+
+# %% ../chapters/05_monitoring.ipynb #f372f8b1
+SCORE = "score"  # column with the model's probability
+SEGMENTS = ("all", *ORIGINS)
+
+
+class BinTable:
+    "The bins of a reference side by side: of each feature and the score, each with one place more for what has no bin."
+
+    def __init__(
+        self,
+        reference: Mapping[str, Any],  # of the artifact
+    ) -> None:
+        self.parts = {**{name: reference["features"][name] for name in FEATURES}, SCORE: reference["score"]}
+        self.labels = {name: [b for b in part["shares"] if b != MISSING] for name, part in self.parts.items()}
+        self.places: dict[str, slice] = {}
+        self.width = 0
+        for name, labels in self.labels.items():
+            self.places[name] = slice(self.width, self.width + len(labels))
+            self.width += len(labels) + 1
+
+# %% ../chapters/05_monitoring.ipynb #f9671f73
+def find_places(
+    name: str,  # of a feature, or `SCORE`
+    values: "pd.Series",  # of that column
+    bins: BinTable,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    "Rows and their places: bins, or behind them for what is missing. Unknown categories come once more."
+    place, part, labels = bins.places[name], bins.parts[name], bins.labels[name]
+    rows = np.arange(len(values))
+    if "edges" in part:
+        seen = values.to_numpy(np.float32)
+        found = np.searchsorted(part["edges"], seen, side="right")
+        yield rows, place.start + np.where(np.isnan(seen), len(labels), found)
+        return
+    codes, texts = values.factorize()
+    found = np.array([labels.index(text if text in labels else OTHER) for text in texts])
+    yield rows, place.start + found[codes]
+    unknown = rows[~np.isin(np.asarray(texts, str), part["known"])[codes]]
+    yield unknown, np.full(len(unknown), place.stop)
+
+# %% ../chapters/05_monitoring.ipynb #c3d7bff8
+def count_days(
+    flights: "pd.DataFrame",  # with `scheduled_departure`, `FEATURES` and perhaps the score
+    bins: BinTable,
+) -> tuple[np.ndarray, np.ndarray]:
+    "The days, and counts of shape (days, segments, width)."
+    days, day = np.unique(flights["scheduled_departure"].to_numpy().astype("datetime64[D]"), return_inverse=True)
+    group = day * len(ORIGINS) + flights["origin"].map(ORIGINS.index).to_numpy(int)
+    table = np.zeros(len(days) * len(ORIGINS) * bins.width)
+    for name in bins.parts:
+        for rows, place in find_places(name, flights[name], bins) if name in flights else ():
+            table += np.bincount(group[rows] * bins.width + place, minlength=len(table))
+    parts = table.reshape(len(days), len(ORIGINS), bins.width)
+    return days, np.concatenate([parts.sum(1, keepdims=True), parts], axis=1)
+
+# %% ../chapters/05_monitoring.ipynb #48c0be48
+def flights_in(
+    table: np.ndarray,  # (..., width) counts
+    bins: BinTable,
+) -> np.ndarray:
+    "How many flights were counted, shape (...)."
+    return table[..., bins.places["origin"]].sum(-1)
+
+
+def rest_share(
+    name: str,  # of a feature
+    table: np.ndarray,  # (..., width) counts
+    bins: BinTable,
+) -> np.ndarray:
+    "Share of missing numbers, or of unknown categories. NaN without any flight."
+    rest, binned = table[..., bins.places[name].stop], table[..., bins.places[name]].sum(-1)
+    total = binned if name in CATEGORICAL else binned + rest
+    return rest / np.where(total > 0, total, np.nan)
+
+# %% ../chapters/05_monitoring.ipynb #b9990506
+KEY_FEATURES = {
+    "minute_of_day": "the model leans on it most, and a wrong time zone would move it",
+    "recent_origin_delay_min": "second in the model, from a live feed that can stall, and it follows the business",
+    "carrier": "a category: new or renamed codes break it first",
+    "dest": "a category: new or renamed codes break it first",
+    "wind_speed_mph": "the weather that matters most to the model; a change of unit would show here",
+    "humidity_pct": "the next in weather, from another sensor",
+}
+
+# %% ../chapters/05_monitoring.ipynb #eb09c2aa
+Kind = Literal["input", "score", "missing", "unknown"]
+
+
+class DriftCheck(NamedTuple):
+    "One comparison of a window with its baseline."
+
+    kind: Kind
+    feature: str  # or `SCORE`
+    segment: str  # one of `SEGMENTS`
+    floor: float  # smaller effects never count: PSI for input and score, else difference of shares
+
+
+SMALL_PSI, LARGE_PSI = 0.1, 0.25  # by convention: worth a look, and large
+
+# %% ../chapters/05_monitoring.ipynb #84623b26
+DRIFT_CHECKS = (
+    *(DriftCheck("input", name, segment, SMALL_PSI) for name in KEY_FEATURES for segment in SEGMENTS),
+    *(DriftCheck("score", SCORE, segment, SMALL_PSI) for segment in SEGMENTS),
+    *(DriftCheck("missing", name, "all", 0.05) for name in NUMERIC if COLUMNS[name].nullable),
+    *(DriftCheck("unknown", name, "all", 0.01) for name in CATEGORICAL),
+)
+
+# %% ../chapters/05_monitoring.ipynb #e429cd1a
+def effects(
+    counts: np.ndarray,  # (..., segments, width) of a window
+    expected: np.ndarray,  # (..., segments, width) of the baseline
+    bins: BinTable,
+) -> np.ndarray:
+    "How different a window is, for each of `DRIFT_CHECKS`: shape (..., checks). NaN where nothing can be compared."
+    found = []
+    for kind, feature, segment, _ in DRIFT_CHECKS:
+        at = SEGMENTS.index(segment)
+        found.append(effect_of(kind, feature, counts[..., at, :], expected[..., at, :], bins))
+    return np.stack(found, axis=-1)
+
+
+def effect_of(
+    kind: Kind,
+    feature: str,
+    now: np.ndarray,  # (..., width) counts of a window
+    then: np.ndarray,  # (..., width) counts of the baseline
+    bins: BinTable,
+) -> np.ndarray:
+    "How different one feature is, shape (...)."
+    if kind in ("input", "score"):
+        return psi(now[..., bins.places[feature]], then[..., bins.places[feature]])
+    return np.abs(rest_share(feature, now, bins) - rest_share(feature, then, bins))
+
+# %% ../chapters/05_monitoring.ipynb #1eaba80a
+REMEDIES: dict[Kind, str] = {
+    "input": "Open the diagnosis: is it the feed or the world? A feed (unit, clock, code): repair it. "
+    "The world (season, timetable): write it into ops/known_causes.toml and wait for the labels.",
+    "score": "Look for the input that moved the scores; without one, compare the model's digest with the release. "
+    "Then watch how many flights are warned: the desk's budget is fixed.",
+    "missing": "Ask the owner of the feed. The model answers without the value, but ranks worse.",
+    "unknown": "New value or new spelling? Spelling: repair the source. New: note it, retrain once it is common.",
+}
+
+# %% ../chapters/05_monitoring.ipynb #ec9e9555
+def draw_window(
+    flights: "pd.DataFrame",  # a baseline, in time order
+    rows: int,  # flights to draw
+    design: Literal["rows", "days"],  # any flights, or consecutive days
+    rng: np.random.Generator,
+) -> "pd.DataFrame":
+    "Flights drawn from a baseline, so that nothing has drifted."
+    if design == "rows":
+        return flights.iloc[rng.integers(0, len(flights), rows)]
+    first = np.unique(flights["scheduled_departure"].to_numpy().astype("datetime64[D]"), return_index=True)[1]
+    start = int(rng.choice(first[first <= len(flights) - rows]))
+    after = np.append(first, len(flights))  # where days end
+    stop = int(after[np.searchsorted(after, start + rows)])
+    return flights.iloc[start + np.sort(rng.choice(stop - start, rows, replace=False))]
+
+# %% ../chapters/05_monitoring.ipynb #6467245d
+WEEK = 7  # days; a run this long keeps weather that lasts, and weekdays, together
+
+
+def mix_windows(
+    by_day: np.ndarray,  # (days, segments, width) counts of a baseline
+    days: int,  # of a window
+    draws: int,  # how many windows
+    rng: np.random.Generator,
+) -> np.ndarray:
+    "Counts of windows made of runs of days, each run from a random place: (draws, segments, width)."
+    # After the last day comes the first, so that every day is as likely as any other to be in a run.
+    sums = np.concatenate([np.zeros((1, *by_day.shape[1:])), by_day, by_day[:WEEK]]).cumsum(0)
+    total = np.zeros((draws, *by_day.shape[1:]))
+    for run in [WEEK] * (days // WEEK) + [days % WEEK]:
+        start = rng.integers(0, len(by_day), draws)
+        total += sums[start + run] - sums[start]
+    return total
+
+# %% ../chapters/05_monitoring.ipynb #ddb20ca5
+def thin(
+    windows: np.ndarray,  # (draws, segments, width) counts
+    rows: Sequence[int],  # flights to keep, by segment
+    bins: BinTable,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    "The same windows with about so many flights, kept at random."
+    kept = np.minimum(1, np.array(rows) / np.maximum(flights_in(windows, bins), 1))
+    return rng.binomial(windows.astype(np.int64), kept[..., None])
+
+# %% ../chapters/05_monitoring.ipynb #536b5ba0
+MIN_ROWS = 200  # flights; with fewer, a segment is not judged
+
+
+class Baseline:
+    "What is normal, and how far windows that are made of its own days differ from it by chance."
+
+    def __init__(
+        self,
+        name: str,  # such as 'training' or 'golden'
+        flights: "pd.DataFrame",  # with `scheduled_departure`, `FEATURES` and the score
+        reference: Mapping[str, Any],  # of the artifact: the bins
+        draws: int = 1000,  # windows made by chance
+        seed: int = 5,
+    ) -> None:
+        self.name, self.bins, self.seed = name, BinTable(reference), seed
+        self.days, self.by_day = count_days(complete(flights), self.bins)
+        if len(self.days) < 4 * WEEK:
+            raise ValueError(f"baseline '{name}' has {len(self.days)} days; give it at least {4 * WEEK}")
+        self.counts = self.by_day.sum(0)
+        self.sample = flights.sample(min(5000, len(flights)), random_state=seed)  # for a diagnosis
+        self.twins = mix_windows(self.by_day, len(self.days), draws, np.random.default_rng(seed))
+        self.limits: dict[tuple[int, ...], np.ndarray] = {}  # by size of a window
+
+# %% ../chapters/05_monitoring.ipynb #3336754e
+FALSE_ALARMS = 0.04  # share of windows without drift that may get a finding; the promise is 0.05
+
+
+def joint_limits(
+    by_chance: np.ndarray,  # (draws, checks) effects in windows without drift
+    floors: np.ndarray,  # (checks,) least effect that counts
+    share: float = FALSE_ALARMS,  # of the draws that may exceed any limit
+) -> np.ndarray:
+    "One limit for each check, all exceeded by the same number of draws, so that all together stay within `share`."
+    ordered = np.sort(by_chance, axis=0)[::-1]
+    low, high = 0, int(share * len(by_chance))
+    while low < high:
+        middle = (low + high + 1) // 2
+        alarms = (by_chance > np.maximum(floors, ordered[middle])).any(axis=1).mean()
+        low, high = (middle, high) if alarms <= share else (low, middle - 1)
+    return np.maximum(floors, ordered[low])
+
+# %% ../chapters/05_monitoring.ipynb #dcf48e90
+def limits_for(
+    baseline: Baseline,
+    days: int,  # of the window
+    rows: np.ndarray,  # (segments,) flights in the window
+) -> np.ndarray:
+    "The effect that each of `DRIFT_CHECKS` has to exceed in a window of this size; infinite for too few flights."
+    # Sizes are rounded down: few different ones have to be computed, and no limit is too strict.
+    sizes = tuple(_round_down(n) if n >= MIN_ROWS else 0 for n in rows)
+    key = (days if days < WEEK else days // WEEK * WEEK, *sizes)
+    if key not in baseline.limits:
+        rng = np.random.default_rng([baseline.seed, *key])
+        windows = mix_windows(baseline.by_day, key[0], len(baseline.twins), rng)
+        by_chance = effects(thin(windows, sizes, baseline.bins, rng), baseline.twins, baseline.bins)
+        floors = np.array([check.floor for check in DRIFT_CHECKS])
+        baseline.limits[key] = joint_limits(np.nan_to_num(by_chance), floors)
+    judged = [sizes[SEGMENTS.index(check.segment)] > 0 for check in DRIFT_CHECKS]
+    return np.where(judged, baseline.limits[key], np.inf)
+
+# %% ../chapters/05_monitoring.ipynb #042fd9e3
+def _round_down(rows: float) -> int:
+    "The next smaller number on a scale of steps of a fifth."
+    return int(2 ** (math.floor(math.log2(rows) * 4) / 4)) if rows >= 1 else 0
+
+
+def complete(flights: "pd.DataFrame") -> "pd.DataFrame":
+    "The same flights, or an error that names what they lack."
+    lacking = [name for name in ("scheduled_departure", *FEATURES) if name not in flights]
+    if lacking:
+        raise ValueError(f"the flights have no column '{lacking[0]}'; give them as `load_dataset` returns them")
+    if flights.empty:
+        raise ValueError("there are no flights in this window; choose other days")
+    return flights
+
+# %% ../chapters/05_monitoring.ipynb #a1c1fe7a
+def plant(
+    window: "pd.DataFrame",
+    feature: str,  # one of `KEY_FEATURES`
+    flights: "pd.DataFrame",  # the baseline
+    rng: np.random.Generator,
+) -> "pd.DataFrame":
+    "The window with one feature moved: numbers by half a standard deviation, a quarter of categories to the commonest."
+    if feature in CATEGORICAL:
+        hit = rng.random(len(window)) < 0.25
+        return window.assign(**{feature: window[feature].mask(hit, flights[feature].mode()[0])})
+    moved = window[feature] + flights[feature].std() / 2
+    return window.assign(**{feature: moved.clip(upper=COLUMNS[feature].high)})
+
+# %% ../chapters/05_monitoring.ipynb #65c64eb4
+class Comparison(NamedTuple):
+    "A window beside its baseline, counted into the same bins."
+
+    now: np.ndarray  # (segments, width)
+    then: np.ndarray  # (segments, width)
+    bins: BinTable
+    effects: dict[DriftCheck, float]
+    limits: dict[DriftCheck, float]
+
+
+def compare(
+    table: np.ndarray,  # (days, segments, width) counts of a window
+    baseline: Baseline,
+) -> Comparison:
+    "Every check's effect and limit."
+    now, then, bins = table.sum(0), baseline.counts, baseline.bins
+    limits = limits_for(baseline, len(table), flights_in(now, bins))
+    found = effects(now, then, bins)
+    return Comparison(now, then, bins, *(dict(zip(DRIFT_CHECKS, v.tolist(), strict=True)) for v in (found, limits)))
+
+# %% ../chapters/05_monitoring.ipynb #83c3a168
+class BinShare(BaseModel):
+    "How much of a window, and of its baseline, lies in one bin."
+
+    label: str  # the bin, for people
+    now: float  # share of the window
+    then: float  # share of the baseline
+
+
+class Finding(BaseModel):
+    "A difference that is large enough to matter and too large for chance."
+
+    kind: Kind
+    feature: str
+    effects: dict[str, float]  # segment beyond its limit -> effect
+    limits: dict[str, float]  # the same segments -> limit
+    strongest: str  # the segment that is furthest beyond its limit
+    most_affected: str  # the origin that is furthest beyond its limit, or nearest to it
+    grew: list[BinShare]  # the bins that grew most, in the strongest segment
+    shrank: list[BinShare]  # the bins that shrank most
+    new_values: dict[str, int]  # category that training never saw -> flights
+    remedy: str
+    cause: str | None = None  # a known one; then it does not alarm
+    diagnosis: str | None = None  # file with more about it
+
+    @property
+    def strength(self) -> float:
+        "How many times its limit the effect is, where it is strongest."
+        return self.effects[self.strongest] / self.limits[self.strongest]
+
+# %% ../chapters/05_monitoring.ipynb #7d7230da
+class DriftReport(BaseModel):
+    "One window against one baseline."
+
+    baseline: str
+    first: date
+    last: date
+    days: int
+    rows: dict[str, int]  # segment -> flights
+    severity: Literal["none", "warning", "critical", "too few flights"]
+    findings: list[Finding]  # strongest first
+    measured: dict[str, dict[str, dict[str, float]]]  # kind -> feature -> segment -> effect
+    new_values: dict[str, dict[str, int]]  # feature -> category that training never saw -> flights
+
+# %% ../chapters/05_monitoring.ipynb #23d9df06
+def explain(
+    kind: Kind,
+    feature: str,
+    seen: Comparison,
+    new_values: Mapping[str, int],  # of this feature
+) -> Finding:
+    "What is to be said about one feature that is beyond a limit."
+    mine = [check for check in DRIFT_CHECKS if (check.kind, check.feature) == (kind, feature)]
+    beyond = [check for check in mine if seen.effects[check] > seen.limits[check]]
+    where = max(beyond, key=lambda check: seen.effects[check] / seen.limits[check]).segment
+    changes = bin_changes(feature, where, seen)
+    return Finding(
+        kind=kind,
+        feature=feature,
+        effects={check.segment: seen.effects[check] for check in beyond},
+        limits={check.segment: seen.limits[check] for check in beyond},
+        strongest=where,
+        most_affected=most_affected(kind, feature, seen),
+        grew=[change for change in changes[:3] if change.now > change.then],
+        shrank=[change for change in changes[:-4:-1] if change.now < change.then],
+        new_values=dict(new_values),
+        remedy=REMEDIES[kind],
+    )
+
+# %% ../chapters/05_monitoring.ipynb #7d66b92d
+def most_affected(kind: Kind, feature: str, seen: Comparison) -> str:
+    "The origin that is furthest beyond its limit, or nearest to it; 'all' if none has enough flights."
+    found = {}
+    for at, origin in enumerate(SEGMENTS[1:], start=1):
+        if flights_in(seen.now, seen.bins)[at] >= MIN_ROWS:
+            effect = float(effect_of(kind, feature, seen.now[at], seen.then[at], seen.bins))
+            limits = [seen.limits[c] for c in DRIFT_CHECKS if (c.kind, c.feature, c.segment) == (kind, feature, origin)]
+            found[origin] = effect / limits[0] if limits else effect
+    return max(found, key=lambda origin: found[origin], default="all")
+
+# %% ../chapters/05_monitoring.ipynb #4f3cef59
+def bin_changes(feature: str, segment: str, seen: Comparison) -> list[BinShare]:
+    "The bins of a feature, from the one that grew most to the one that shrank most."
+    at, place = SEGMENTS.index(segment), seen.bins.places[feature]
+    now, then = (table[at, place] / max(table[at, place].sum(), 1) for table in (seen.now, seen.then))
+    texts = map(partial(bin_text, seen.bins.parts[feature]), seen.bins.labels[feature])
+    changes = [BinShare(label=t, now=a, then=b) for t, a, b in zip(texts, now.tolist(), then.tolist(), strict=True)]
+    return sorted(changes, key=lambda change: change.then - change.now)
+
+
+def bin_text(
+    part: Mapping[str, Any],  # of the reference
+    label: str,  # of a bin
+) -> str:
+    "A bin in words."
+    edges = [f"{edge:.3g}" if abs(edge) < 100 else f"{edge:.0f}" for edge in part.get("edges", ())]
+    if not edges:
+        return label
+    at = int(label)
+    if 0 < at < len(edges):
+        return f"{edges[at - 1]} to {edges[at]}"
+    return f"from {edges[-1]}" if at else f"below {edges[0]}"
+
+# %% ../chapters/05_monitoring.ipynb #6a72c4cf
+def sentence(finding: Finding) -> str:
+    "A finding on one line: what changed, by how much, where, and the known cause."
+    unit = "PSI" if finding.kind in ("input", "score") else "share changed by"
+    where = finding.strongest
+    text = f"{finding.kind} {finding.feature}: {unit} {finding.effects[where]:.2f} (limit {finding.limits[where]:.2f}) "
+    text += f"at {where}" if where in ORIGINS else f"in all, most at {finding.most_affected}"
+    if finding.kind in ("input", "score"):
+        for word, changes in (("more", finding.grew[:2]), ("fewer", finding.shrank[:1])):
+            text += "".join(f"; {word} {c.label} ({c.then:.0%} -> {c.now:.0%})" for c in changes)
+    if finding.new_values:
+        text += "; new: " + ", ".join(finding.new_values)
+    return text + (f"; known cause: {finding.cause}" if finding.cause else "")
+
+# %% ../chapters/05_monitoring.ipynb #b2eb6a9e
+class KnownCause(BaseModel):
+    "Why some features differ on some days, written down by somebody."
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    first: date
+    last: date
+    features: tuple[str, ...]
+    reason: str
+    by: str  # who says so
+
+    @model_validator(mode="after")
+    def _check(self) -> "KnownCause":
+        if wrong := set(self.features) - {*FEATURES, SCORE}:
+            raise ValueError(f"'{min(wrong)}' is neither a feature nor '{SCORE}'")
+        if self.last < self.first:
+            raise ValueError(f"it ends on {self.last}, before it begins")
+        return self
+
+    def covers(
+        self,
+        feature: str,
+        days: Sequence[date],  # of a window
+    ) -> bool:
+        "Whether it is about this feature and at least half of these days."
+        return feature in self.features and 2 * sum(self.first <= day <= self.last for day in days) >= len(days)
+
+# %% ../chapters/05_monitoring.ipynb #6682a6ac
+def load_causes(
+    path: Path,  # a TOML file with a [[cause]] for each
+) -> list[KnownCause]:
+    "The known causes, or a `ValueError` that names the file and the mistake."
+    import tomllib
+
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return [KnownCause.model_validate(one) for one in content.get("cause", [])]
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+# %% ../chapters/05_monitoring.ipynb #3fb46cd4
+SEVERAL = 3  # key features that drift together
+
+
+def severity(findings: Iterable[Finding]) -> Literal["none", "warning", "critical"]:
+    "Critical when several key features drift together or the scores moved far. Never a reason to wake anybody."
+    alarming = [finding for finding in findings if finding.cause is None]
+    several = sum(finding.kind == "input" for finding in alarming) >= SEVERAL
+    far = any(finding.kind == "score" and finding.effects.get("all", 0) >= LARGE_PSI for finding in alarming)
+    return "critical" if several or far else "warning" if alarming else "none"
+
+# %% ../chapters/05_monitoring.ipynb #074c3536
+def check_window(
+    window: "pd.DataFrame",  # whole days, with `scheduled_departure`, `FEATURES` and perhaps the score
+    baseline: Baseline,
+    causes: Sequence[KnownCause] = (),
+) -> DriftReport:
+    "Compare a window with a baseline."
+    found, table = count_days(complete(window), baseline.bins)
+    seen, days = compare(table, baseline), [day.item() for day in found]
+    rows, new = flights_in(seen.now, baseline.bins), new_values(window, baseline.bins)
+    beyond = dict.fromkeys((c.kind, c.feature) for c in DRIFT_CHECKS if seen.effects[c] > seen.limits[c])
+    findings = [explain(kind, feature, seen, new.get(feature, {})) for kind, feature in beyond]
+    for finding in findings:
+        known = [cause for cause in causes if cause.covers(finding.feature, days)]
+        finding.cause = min(known, key=lambda cause: cause.last - cause.first).name if known else None
+    return DriftReport(
+        baseline=baseline.name,
+        first=days[0],
+        last=days[-1],
+        days=len(days),
+        rows=dict(zip(SEGMENTS, rows.astype(int).tolist(), strict=True)),
+        severity=severity(findings) if rows[0] >= MIN_ROWS else "too few flights",
+        findings=sorted(findings, key=lambda finding: -finding.strength),
+        measured=_nested(seen.effects),
+        new_values=new,
+    )
+
+# %% ../chapters/05_monitoring.ipynb #46d61298
+def new_values(window: "pd.DataFrame", bins: BinTable) -> dict[str, dict[str, int]]:
+    "Categories that training never saw, and how many flights have them."
+    found = {}
+    for name in CATEGORICAL:
+        unknown = window[name][~window[name].isin(bins.parts[name]["known"])]
+        if len(unknown):
+            found[name] = {str(value): int(count) for value, count in unknown.value_counts().head(10).items()}
+    return found
+
+
+def _nested(values: Mapping[DriftCheck, float]) -> dict[str, dict[str, dict[str, float]]]:
+    "Effects by kind, feature and segment; without those that could not be computed."
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for check, value in values.items():
+        if not math.isnan(value):
+            found.setdefault(check.kind, {}).setdefault(check.feature, {})[check.segment] = value
+    return found
+
+# %% ../chapters/05_monitoring.ipynb #db1c7bd9
+AT_ONCE = ("missing", "unknown")  # a feed that broke does not mend while one waits for another window
+
+
+class DriftVerdict(BaseModel):
+    "What the newest window and those before it come to."
+
+    severity: Literal["none", "warning", "critical", "too few flights"]
+    alarms: list[Finding]  # seen often enough
+    waiting: list[Finding]  # not yet
+    explained: list[Finding]  # by a known cause
+
+
+def judge(
+    reports: Sequence[DriftReport],  # of windows that follow each other, the newest last
+    times: int = 2,  # how often a finding must have been seen
+    of: int = 3,  # among so many windows
+) -> DriftVerdict:
+    "Inputs and scores alarm when the same finding is there in several windows; missing and unknown values at once."
+    *_, newest = reports
+    judged = [report for report in reports if report.severity != "too few flights"][-of:]
+    seen = Tally((f.kind, f.feature) for report in judged for f in report.findings if f.cause is None)
+    new = [finding for finding in newest.findings if finding.cause is None]
+    alarms = [f for f in new if f.kind in AT_ONCE or seen[f.kind, f.feature] >= times]
+    return DriftVerdict(
+        severity=severity(alarms) if newest.severity != "too few flights" else newest.severity,
+        alarms=alarms,
+        waiting=[finding for finding in new if finding not in alarms],
+        explained=[finding for finding in newest.findings if finding.cause is not None],
+    )
+
+# %% ../chapters/05_monitoring.ipynb #e74e9165
+def diagnose(
+    window: "pd.DataFrame",  # the flights of a window with findings
+    baseline: Baseline,
+    features: Iterable[str],  # to show first
+    path: Path,  # of the HTML page
+    rows: int = 5000,  # flights that are drawn, at most
+) -> None:
+    "Let Evidently draw a window beside its baseline. The page works without a network."
+    import os
+    import warnings
+
+    os.environ.setdefault("DO_NOT_TRACK", "1")  # else it reports its use
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on import it uses names that numpy will drop
+        from evidently import DataDefinition, Dataset, Report
+        from evidently.presets import DataDriftPreset
+
+        columns = [name for name in dict.fromkeys((*features, *KEY_FEATURES, SCORE)) if name in window]
+        kinds = DataDefinition(
+            numerical_columns=[name for name in columns if name not in CATEGORICAL],
+            categorical_columns=[name for name in columns if name in CATEGORICAL],
+        )
+        some = window.sample(min(rows, len(window)), random_state=5)
+        data = [Dataset.from_pandas(part[columns], data_definition=kinds) for part in (some, baseline.sample)]
+        Report([DataDriftPreset(columns=columns, method="psi")]).run(*data).save_html(str(path))
+
+# %% ../chapters/05_monitoring.ipynb #79aa9848
+def write_report(
+    report: DriftReport,
+    window: "pd.DataFrame",  # its flights
+    baseline: Baseline,
+    folder: Path,  # made if it is missing
+) -> Path:
+    "Write the report as JSON and, if it has findings, Evidently's page; each finding names that page."
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"drift-{report.baseline}-{report.first}-{report.last}.json"
+    if report.findings:
+        page = path.with_suffix(".html")
+        diagnose(window, baseline, [finding.feature for finding in report.findings], page)
+        for finding in report.findings:
+            finding.diagnosis = page.name
+    path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return path
+
+# %% ../chapters/05_monitoring.ipynb #e910124b
+import hashlib
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Annotated
+
+# %% ../chapters/05_monitoring.ipynb #0fd58b49
+from pydantic import BeforeValidator
+
+from .blueprint import SCORING_LEAD, recent_origin_delay
+
+# %% ../chapters/05_monitoring.ipynb #18ac6793
+ON_GROUND = timedelta(minutes=30)  # taxiing, at both ends together
+CANCELLED_AFTER = timedelta(hours=3)  # after the scheduled departure: the airline has said so
+DIVERTED_AFTER = timedelta(hours=24)  # after leaving: somebody has found out where it is
+
+# %% ../chapters/05_monitoring.ipynb #27ee5e6c
+def left_at(
+    flights: "pd.DataFrame",  # with `scheduled_utc` and `dep_delay`
+) -> "pd.Series":
+    "When each flight left, UTC; missing if it never did."
+    import pandas as pd
+
+    return flights["scheduled_utc"] + pd.to_timedelta(flights["dep_delay"], unit="min")
+
+# %% ../chapters/05_monitoring.ipynb #0ec4d624
+def known_at(
+    flights: "pd.DataFrame",  # with the columns above, `air_time` and `arr_delay`
+) -> "pd.Series":
+    "When each flight's outcome is known, UTC: at landing; for cancelled and diverted flights by the rules above."
+    import pandas as pd
+
+    left = left_at(flights)
+    landing = left + pd.to_timedelta(flights["air_time"], unit="min") + ON_GROUND
+    landing = landing.where(flights["arr_delay"].notna())
+    return landing.fillna(left + DIVERTED_AFTER).fillna(flights["scheduled_utc"] + CANCELLED_AFTER)
+
+# %% ../chapters/05_monitoring.ipynb #fcfbdeee
+MATURITY = timedelta(hours=24)  # after the last scheduled departure of a day, before the day is judged
+
+# %% ../chapters/05_monitoring.ipynb #b6e9a12c
+def as_seconds(
+    times: "pd.Series",  # moments, UTC
+) -> np.ndarray:
+    "Unix seconds, shape (n,)."
+    return times.to_numpy("datetime64[s]").astype(np.int64)
+
+# %% ../chapters/05_monitoring.ipynb #19a1082f
+class DepartureBoard:
+    "Who left which origin when, and how late: shown only up to a moment, as a desk would see it."
+
+    def __init__(self, flights: "pd.DataFrame") -> None:
+        gone = flights.dropna(subset="dep_delay")
+        at, delay = as_seconds(left_at(gone)), gone["dep_delay"].to_numpy(float)
+        origin, order = gone["origin"].to_numpy(str), np.argsort(at, kind="stable")
+        each = {name: order[origin[order] == name] for name in ORIGINS}
+        self._seen = {name: (at[rows], delay[rows]) for name, rows in each.items()}
+
+    def recent(
+        self,
+        origin: str,
+        scored_at: np.ndarray,  # (m,) Unix seconds, none after `now`
+        now: int,  # what left later is not on the board yet
+    ) -> np.ndarray:
+        "Mean delay (minutes) in the window before each moment, shape (m,); NaN if nothing left."
+        at, delay = self._seen[origin]
+        end = np.searchsorted(at, now, side="right")
+        start = np.searchsorted(at, scored_at.min() - 86_400)
+        return recent_origin_delay(moments(at[start:end]), delay[start:end], moments(scored_at))
+
+# %% ../chapters/05_monitoring.ipynb #280c7730
+def moments(
+    seconds: np.ndarray,  # Unix seconds
+) -> np.ndarray:
+    "The same as datetime64."
+    return seconds.astype("datetime64[s]")
+
+# %% ../chapters/05_monitoring.ipynb #8cd6e19b
+def flight_id(
+    identity: str,  # as the data set names a flight
+    scored_at: int,  # Unix seconds
+) -> str:
+    "The request id of a flight: 32 hex digits, always the same ones. They begin with the time."
+    return f"{scored_at:08x}{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+
+# %% ../chapters/05_monitoring.ipynb #82a78d8e
+class Outcome(NamedTuple):
+    "What became of a flight."
+
+    request_id: str
+    disrupted: int  # 0 or 1
+    known_at: int  # Unix seconds, replayed
+
+
+class Step(NamedTuple):
+    "Some minutes of the replay."
+
+    at: int  # Unix seconds at which these minutes are over, replayed
+    requests: list[dict[str, Any]]
+    scored_at: list[int]  # of each request
+    outcomes: list[Outcome]
+
+# %% ../chapters/05_monitoring.ipynb #80712b53
+@dataclass(frozen=True)
+class Recording:
+    "Real flights, to be played in the order in which a desk lived through them. Arrays are in the order of scoring."
+
+    board: DepartureBoard
+    ids: list[str]
+    columns: dict[str, list[Any]]  # what requests say, without the recent delay
+    scored_at: np.ndarray  # Unix seconds
+    known_at: np.ndarray
+    disrupted: np.ndarray  # 0 or 1
+    landing: np.ndarray  # the order in which outcomes become known
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+# %% ../chapters/05_monitoring.ipynb #93a101c8
+def _plain(values: "pd.Series", kind: str) -> list[Any]:
+    "A column as JSON can hold it: null for missing, local time without offset."
+    if kind == "datetime":
+        return np.datetime_as_string(values.to_numpy("datetime64[s]")).tolist()
+    if kind == "category":
+        return [str(value) for value in values]
+    return [None if math.isnan(value) else value for value in values.astype(float).tolist()]
+
+# %% ../chapters/05_monitoring.ipynb #ddd5c8b9
+def record(
+    flights: "pd.DataFrame",  # the whole data set: what left before `first` is on the board too
+    first: str,  # first local day of scheduled departure, such as '2013-09-01'
+    last: str,  # last one
+) -> Recording:
+    "The flights of these days."
+    day = flights["scheduled_departure"].dt.strftime("%Y-%m-%d")
+    part = flights[(day >= first) & (day <= last)].sort_values("scheduled_utc", kind="stable")
+    if part.empty:
+        raise ValueError(f"no flights from {first} to {last}; the data has {day.min()} to {day.max()}")
+    known, scored = as_seconds(known_at(part)), as_seconds(part["scheduled_utc"] - SCORING_LEAD)
+    return Recording(
+        board=DepartureBoard(flights),
+        ids=[flight_id(name, at) for name, at in zip(part["identity"], scored.tolist(), strict=True)],
+        columns={c.name: _plain(part[c.name], c.kind) for c in INPUTS if c.name != "recent_origin_delay_min"},
+        scored_at=scored,
+        known_at=known,
+        disrupted=part[LABEL].to_numpy(int),
+        landing=np.argsort(known, kind="stable"),
+    )
+
+# %% ../chapters/05_monitoring.ipynb #fad92622
+def _requests(recording: Recording, rows: range, now: int) -> list[dict[str, Any]]:
+    "What is asked about these flights, with what the board shows at `now`."
+    values = {name: column[rows.start : rows.stop] for name, column in recording.columns.items()}
+    origins, moments_ = np.array(values["origin"]), recording.scored_at[rows.start : rows.stop]
+    recent = np.full(len(rows), np.nan)
+    for origin in set(values["origin"]):
+        here = origins == origin
+        recent[here] = recording.board.recent(origin, moments_[here], now)
+    values["recent_origin_delay_min"] = [None if math.isnan(delay) else delay for delay in recent.tolist()]
+    values["request_id"] = recording.ids[rows.start : rows.stop]
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+# %% ../chapters/05_monitoring.ipynb #8d30d0ec
+def _outcomes(recording: Recording, rows: np.ndarray) -> list[Outcome]:
+    "What became of these flights."
+    values = (recording.disrupted[rows].tolist(), recording.known_at[rows].tolist())
+    return [Outcome(recording.ids[i], *found) for i, *found in zip(rows.tolist(), *values, strict=True)]
+
+# %% ../chapters/05_monitoring.ipynb #fbfc8afb
+def play(
+    recording: Recording,
+    minutes: int = 1,  # of replayed time in one step
+    scored_to: int = 0,  # Unix seconds: leaves out what was scored by then ...
+    known_to: int = 0,  # ... and what became known by then, unless it is still to be scored
+) -> Iterator[Step]:
+    "The steps in which something happens, up to the maturity of the last day. None knows what comes after it."
+    scored, known = recording.scored_at, recording.known_at
+    landing = recording.landing[((known > known_to) | (scored > scored_to))[recording.landing]]
+    width, mature = 60 * minutes, scored[-1:] + int((SCORING_LEAD + MATURITY).total_seconds())
+    times = np.concatenate([scored[scored > scored_to], known[landing], mature[mature > known_to]])
+    i, j = int(np.searchsorted(scored, scored_to, side="right")), 0
+    for now in np.unique(-(-times // width) * width).tolist():
+        k, m = (int(np.searchsorted(one, now, side="right")) for one in (scored, known[landing]))
+        requests = _requests(recording, range(i, k), now)
+        yield Step(now, requests, scored[i:k].tolist(), _outcomes(recording, landing[j:m]))
+        i, j = k, m
+
+# %% ../chapters/05_monitoring.ipynb #eba4a41b
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+
+
+def duration(
+    text: str,  # as Prometheus writes it, such as '1d' or '1h30m'
+) -> float:
+    "Seconds."
+    parts = re.findall(r"(\d+)(ms|[smhdw])", text)
+    if not parts or "".join(n + unit for n, unit in parts) != text:
+        raise ValueError(f"'{text}' is not a duration of Prometheus; write for example 1d, 90m or 1h30m")
+    return float(sum(int(n) * _UNITS[unit] for n, unit in parts))
+
+# %% ../chapters/05_monitoring.ipynb #73239870
+def scaled_window(
+    text: str,  # window of a rule, in replayed time
+    speed: float,  # replayed seconds in a real second
+) -> str:
+    "The same window in real time, for Prometheus. It keeps whole units; below a second it is refused."
+    real = round(duration(text) / speed)
+    if real < 1:
+        raise ValueError(f"at speed {speed:g} a window of {text} is shorter than a second; replay more slowly")
+    unit, size = next((u, int(_UNITS[u])) for u in ("d", "h", "m", "s") if real % _UNITS[u] == 0)
+    return f"{real // size}{unit}"
+
+# %% ../chapters/05_monitoring.ipynb #df9450ef
+def paced(
+    steps: Iterable[Step],
+    speed: float,  # replayed seconds in a real second; 0: as fast as possible
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Step]:
+    "The same steps, each not before its time has come. The first one sets the clock."
+    begin: tuple[float, int] | None = None
+    for step in steps:
+        if speed > 0:
+            begin = begin or (clock(), step.at)
+            sleep(max(0.0, begin[0] + (step.at - begin[1]) / speed - clock()))
+        yield step
+
+# %% ../chapters/05_monitoring.ipynb #15926252
+_TABLES = """
+CREATE TABLE IF NOT EXISTS predictions (
+    request_id TEXT NOT NULL, model_version TEXT NOT NULL, release TEXT NOT NULL, scored_at INTEGER NOT NULL,
+    day TEXT NOT NULL, origin TEXT NOT NULL, probability REAL NOT NULL, disrupted INTEGER NOT NULL,
+    PRIMARY KEY (request_id, model_version));
+CREATE INDEX IF NOT EXISTS by_day ON predictions (model_version, day);
+CREATE TABLE IF NOT EXISTS outcomes (
+    request_id TEXT PRIMARY KEY, disrupted INTEGER NOT NULL, known_at INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE VIEW IF NOT EXISTS days AS SELECT day, max(scored_at) AS last FROM predictions GROUP BY day;
+"""
+
+# %% ../chapters/05_monitoring.ipynb #0d04abd3
+class Scored(NamedTuple):
+    "What a release said about a flight."
+
+    request_id: str
+    model_version: str
+    release: str
+    scored_at: int  # Unix seconds, replayed
+    day: str  # local day of the scheduled departure
+    origin: str
+    probability: float  # as published, four decimals
+    disrupted: int  # what was decided
+
+# %% ../chapters/05_monitoring.ipynb #6df3f1ef
+class LabelStore:
+    "Predictions and outcomes in one file, joined by request id. The first of two rows with the same key is kept."
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.db = sqlite3.connect(path, isolation_level=None, timeout=30)
+        # Readers do not wait for the writer. What was committed survives a killed process; after a power cut the
+        # last steps may be missing, all of each, and are replayed.
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute("PRAGMA synchronous = NORMAL")
+        self.db.executescript(_TABLES)
+
+    def close(self) -> None:
+        "Close the file."
+        self.db.close()
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        "The rows of a question."
+        return self.db.execute(query, values).fetchall()
+
+# %% ../chapters/05_monitoring.ipynb #264a7f4e
+@contextmanager
+def whole(store: LabelStore) -> Iterator[Callable[[str, Sequence[Any]], sqlite3.Cursor]]:
+    "A function that runs a statement for many rows. All of what is written inside is kept, or nothing of it."
+    store.db.execute("BEGIN IMMEDIATE")
+    try:
+        yield store.db.executemany
+        store.db.execute("COMMIT")
+    except BaseException:
+        store.db.execute("ROLLBACK")
+        raise
+
+# %% ../chapters/05_monitoring.ipynb #46fb20d6
+_KEEP_SCORED = "INSERT INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+_KEEP_OUTCOME = "INSERT INTO outcomes VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+_COUNT = "INSERT INTO counts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value"
+_MOVE = "INSERT INTO counts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = max(value, excluded.value)"
+
+# %% ../chapters/05_monitoring.ipynb #932bf732
+def write_step(
+    store: LabelStore,
+    predictions: Sequence[Scored],
+    outcomes: Sequence[Outcome],
+    at: int,  # Unix seconds, replayed: everything up to here is in
+) -> None:
+    "Add what came, count what had come before, move the bookmarks. All or nothing."
+    with whole(store) as run:
+        for name, keep, rows in (("predictions", _KEEP_SCORED, predictions), ("outcomes", _KEEP_OUTCOME, outcomes)):
+            new = run(keep, rows).rowcount
+            run(_COUNT, [(f"repeated {name}", len(rows) - new)])
+        run(_MOVE, [("known to", at), ("scored to", at if predictions else 0)])
+
+# %% ../chapters/05_monitoring.ipynb #978ba635
+def bookmarks(store: LabelStore) -> tuple[int, int]:
+    "Unix seconds, replayed, up to which everything was scored, and everything that became known is in; 0: nothing."
+    found = dict(store.rows("SELECT name, value FROM counts"))
+    return int(found.get("scored to", 0)), int(found.get("known to", 0))
+
+
+def replayed_to(store: LabelStore) -> int:
+    "The clock of the replay, Unix seconds; 0 if nothing was replayed."
+    return bookmarks(store)[1]
+
+# %% ../chapters/05_monitoring.ipynb #e13b8866
+_FORGET = (
+    """DELETE FROM outcomes WHERE request_id IN (
+        SELECT request_id FROM predictions WHERE day IN (SELECT day FROM days WHERE last < ?))""",
+    "DELETE FROM predictions WHERE day IN (SELECT day FROM days WHERE last < ?)",
+    "DELETE FROM outcomes WHERE known_at < ? AND request_id NOT IN (SELECT request_id FROM predictions)",
+)
+
+
+def forget(
+    store: LabelStore,
+    keep_days: int,  # of replayed time, counted back from its clock
+) -> int:
+    "Delete older days with their outcomes; how many rows."
+    before = replayed_to(store) - 86_400 * keep_days
+    with whole(store) as run:
+        return sum(run(statement, [(before,)]).rowcount for statement in _FORGET)
+
+# %% ../chapters/05_monitoring.ipynb #eb780829
+class ReplayError(RuntimeError):
+    "The replay cannot go on. The text says why, and what to do."
+
+
+Send = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]  # requests -> answers, each with its release
+BATCH = 500  # flights in one request, at most
+
+# %% ../chapters/05_monitoring.ipynb #eb40828f
+def sender(
+    ask: Callable[..., Any],  # method, path, json -> reply with status and body
+    batches: bool = False,  # many flights in one request; otherwise one request for each, as real clients do
+) -> Send:
+    "A function that sends flights to a service, and returns its answers."
+    labels: dict[str, str] = {}  # model version -> release
+
+    def send(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = []
+        for start in range(0, len(requests), BATCH if batches else 1):
+            part = requests[start : start + BATCH] if batches else requests[start]
+            answers += _asked(ask, part)
+        for version in {answer["model_version"] for answer in answers} - labels.keys():
+            labels[version] = _release_of(ask, version)
+        return [{**answer, "release": labels[answer["model_version"]]} for answer in answers]
+
+    return send
+
+# %% ../chapters/05_monitoring.ipynb #3c383d18
+def _asked(ask: Callable[..., Any], part: Any) -> list[dict[str, Any]]:
+    "The answers to one flight, or to a list of them."
+    many = isinstance(part, list)
+    reply = ask("POST", "/v1/predict/batch" if many else "/v1/predict", {"flights": part} if many else part)
+    if reply.status != 200:
+        said = reply.body.get("detail", reply.body) if isinstance(reply.body, dict) else reply.body
+        raise ReplayError(f"the service answered {reply.status}: {str(said)[:300]}")
+    return list(reply.body["predictions"]) if many else [reply.body]
+
+# %% ../chapters/05_monitoring.ipynb #1d1af0e5
+def _release_of(ask: Callable[..., Any], version: str) -> str:
+    "The release that answers with this model version, as its metrics name it."
+    about = ask("GET", "/v1/model").body
+    if not isinstance(about, dict) or about.get("version") != version:  # it was exchanged a moment ago
+        return f"unknown-{version}"
+    return Release(about["service_version"], about["service_git_sha"], version, about["digest"], about["config"]).label
+
+# %% ../chapters/05_monitoring.ipynb #d5c759ba
+def replay(
+    steps: Iterable[Step],
+    sends: Sequence[Send],  # each service gets every flight, all at the same time
+    store: LabelStore,
+) -> Iterator[Step]:
+    "Send each step's flights, and keep answers and outcomes. Yields a step when it is in the store."
+    with ThreadPoolExecutor(len(sends)) as pool:
+        for step in steps:
+            answers = list(pool.map(lambda send, asked=step.requests: send(asked), sends)) if step.requests else []
+            found = [_scored(step, place, one) for each in answers for place, one in enumerate(each)]
+            write_step(store, found, step.outcomes, step.at)
+            yield step
+
+# %% ../chapters/05_monitoring.ipynb #df90d631
+def _scored(step: Step, place: int, answer: Mapping[str, Any]) -> Scored:
+    "What is kept of an answer."
+    request = step.requests[place]
+    if answer["request_id"] != request["request_id"]:
+        raise ReplayError("the service answered under another request id, so no outcome could ever be joined")
+    return Scored(
+        request_id=answer["request_id"],
+        model_version=answer["model_version"],
+        release=answer["release"],
+        scored_at=step.scored_at[place],
+        day=request["scheduled_departure"][:10],
+        origin=request["origin"],
+        probability=answer["probability"],
+        disrupted=int(answer["prediction"] == "disrupted"),
+    )
+
+# %% ../chapters/05_monitoring.ipynb #08aae00c
+def mature_days(
+    store: LabelStore,
+    model_version: str,
+    now: int | None = None,  # Unix seconds, replayed; the clock of the replay if not given
+    wait: timedelta = MATURITY,
+) -> list[str]:
+    "Local days whose last scored flight was due to leave at least `wait` ago, oldest first."
+    latest = (replayed_to(store) if now is None else now) - int((SCORING_LEAD + wait).total_seconds())
+    query = "SELECT day FROM predictions WHERE model_version = ? GROUP BY day HAVING max(scored_at) <= ? ORDER BY day"
+    return [str(day) for (day,) in store.rows(query, model_version, latest)]
+
+# %% ../chapters/05_monitoring.ipynb #a44d2b8f
+class Joined(NamedTuple):
+    "Predictions with their outcomes, arrays of shape (n,), in the order of scoring."
+
+    day: np.ndarray  # local day, text
+    score: np.ndarray
+    label: np.ndarray  # 0.0, 1.0, or NaN: no outcome yet, or never
+
+# %% ../chapters/05_monitoring.ipynb #4fbac157
+_JOIN = """SELECT day, probability, o.disrupted FROM predictions p
+LEFT JOIN outcomes o ON o.request_id = p.request_id AND o.known_at <= ?
+WHERE model_version = ? AND day BETWEEN ? AND ? ORDER BY scored_at, p.rowid"""
+
+
+def joined(
+    store: LabelStore,
+    model_version: str,
+    days: Sequence[str],  # first to last, oldest first
+    now: int | None = None,  # Unix seconds, replayed: what became known later is left out
+) -> Joined:
+    "All predictions of these days, with the outcomes that are known."
+    found = store.rows(_JOIN, replayed_to(store) if now is None else now, model_version, days[0], days[-1])
+    day, score, label = zip(*found, strict=True)
+    return Joined(np.array(day), np.array(score, float), np.array(label, float))
+
+# %% ../chapters/05_monitoring.ipynb #fc3f4bc6
+MIN_COVERAGE = 0.98  # share of mature predictions that must have an outcome
+
+
+def label_counts(
+    store: LabelStore,
+    model_version: str,
+    now: int | None = None,  # Unix seconds, replayed
+) -> dict[str, int]:
+    "Predictions, and of the mature ones how many have an outcome, how many got it late; and what has no partner."
+    moment = replayed_to(store) if now is None else now
+    ripe = moment - int((SCORING_LEAD + MATURITY).total_seconds())
+    counts = store.rows(_COUNTS, int((SCORING_LEAD + MATURITY).total_seconds()), moment, model_version, ripe)[0]
+    names = ("predictions", "mature", "labelled", "late")
+    orphans = "SELECT count(*) FROM outcomes WHERE request_id NOT IN (SELECT request_id FROM predictions)"
+    repeats = "SELECT name, value FROM counts WHERE name LIKE 'repeated %'"
+    return {
+        **{name: int(value or 0) for name, value in zip(names, counts, strict=True)},
+        "outcomes without a prediction": int(store.rows(orphans)[0][0]),
+        **dict(store.rows(repeats)),
+    }
+
+# %% ../chapters/05_monitoring.ipynb #85b47b6b
+_COUNTS = """
+WITH per_day AS (SELECT day, max(scored_at) AS last FROM predictions WHERE model_version = ?3 GROUP BY day)
+SELECT count(*), sum(last <= ?4), sum(last <= ?4 AND o.request_id NOT NULL),
+       sum(last <= ?4 AND o.known_at > last + ?1)
+FROM predictions p JOIN per_day USING (day)
+LEFT JOIN outcomes o ON o.request_id = p.request_id AND o.known_at <= ?2 WHERE model_version = ?3"""
+
+# %% ../chapters/05_monitoring.ipynb #b9697ec8
+LEVELS = 10_001  # probabilities are published with four decimals
+GROUPS = 10  # of equal size, by score, for the calibration error
+
+
+class DaySums(NamedTuple):
+    "What each day adds to the measures. Shapes (days,), (days, LEVELS) and (days, GROUPS)."
+
+    flights: np.ndarray
+    error: np.ndarray  # squared distance of score and outcome
+    warned: np.ndarray  # within the alert budget
+    hits: np.ndarray  # warned, and disrupted
+    disrupted: np.ndarray  # (days, LEVELS)
+    fine: np.ndarray  # (days, LEVELS)
+    promised: np.ndarray  # (days, GROUPS)
+    happened: np.ndarray  # (days, GROUPS)
+
+# %% ../chapters/05_monitoring.ipynb #36c9bd82
+def warned_within_budget(
+    day: np.ndarray,  # (n,) which day, 0, 1, ...
+    score: np.ndarray,  # (n,)
+) -> np.ndarray:
+    "Which flights are among the riskiest `ALERT_BUDGET` of their day, shape (n,). Of equal scores the first counts."
+    order = np.lexsort((-score, day))
+    size = np.bincount(day)
+    rank = np.arange(len(day)) - np.repeat(np.cumsum(size) - size, size) + 1
+    warned = np.empty(len(day), bool)
+    warned[order] = rank <= ALERT_BUDGET * np.repeat(size, size)
+    return warned
+
+# %% ../chapters/05_monitoring.ipynb #3e01720a
+def _groups(score: np.ndarray) -> np.ndarray:
+    "Which of `GROUPS` groups of equal size each flight belongs to, by score."
+    group = np.empty(len(score), int)
+    group[np.argsort(score, kind="stable")] = np.arange(len(score)) * GROUPS // max(1, len(score))
+    return group
+
+# %% ../chapters/05_monitoring.ipynb #6b3eb4ad
+def day_sums(
+    rows: Joined,  # rows without an outcome count for the budget, and for nothing else
+) -> DaySums:
+    "The sums of each day that occurs."
+    _, day = np.unique(rows.day, return_inverse=True)
+    warned, known = warned_within_budget(day, rows.score), ~np.isnan(rows.label)
+    days, day, score, label = int(day.max()) + 1, day[known], rows.score[known], rows.label[known]
+
+    def table(values: np.ndarray, place: np.ndarray, width: int) -> np.ndarray:
+        return np.bincount(day * width + place, values, days * width).reshape(days, width)
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(day, values, days)
+
+    level = np.rint(score * (LEVELS - 1)).astype(int)
+    return DaySums(
+        flights=total(np.ones(len(day))),
+        error=total(label * (1 - score) ** 2 + (1 - label) * score**2),
+        warned=total(warned[known]),
+        hits=total(warned[known] * label),
+        disrupted=table(label, level, LEVELS),
+        fine=table(1 - label, level, LEVELS),
+        promised=table(score, _groups(score), GROUPS),
+        happened=table(label, _groups(score), GROUPS),
+    )
+
+# %% ../chapters/05_monitoring.ipynb #3815d69c
+def measures(
+    sums: DaySums,
+    weight: np.ndarray | None = None,  # (m, days) how often each day counts; once if not given
+) -> dict[str, np.ndarray]:
+    "Every measure for each row of weights, shape (m,)."
+    w = np.ones((1, len(sums.flights))) if weight is None else weight
+    flights, hits, bad, fine = w @ sums.flights, w @ sums.hits, w @ sums.disrupted, w @ sums.fine
+    below = np.cumsum(fine, axis=1) - fine / 2  # others with a lower score, and half of those with the same
+    disrupted = bad.sum(axis=1)
+    with np.errstate(invalid="ignore"):  # no flight, or none of a kind: NaN
+        return {
+            "roc_auc": (bad * below).sum(axis=1) / (disrupted * fine.sum(axis=1)),
+            "brier": w @ sums.error / flights,
+            "calibration_error": np.abs(w @ (sums.promised - sums.happened)).sum(axis=1) / flights,
+            "recall_at_budget": hits / disrupted,
+            "false_warnings_per_1000": 1000 * (w @ sums.warned - hits) / flights,
+            "disrupted_share": disrupted / flights,
+            "promise_gap": (w @ (sums.promised - sums.happened)).sum(axis=1) / flights,
+        }
+
+# %% ../chapters/05_monitoring.ipynb #a0924014
+ROUNDS = 200  # resamples of the days
+
+
+def day_draws(
+    days: int,  # how many
+    seed: int = 0,
+) -> np.ndarray:
+    "For each round, how often each day was drawn, shape (ROUNDS, days)."
+    return np.random.default_rng(seed).multinomial(days, np.full(days, 1 / days), ROUNDS).astype(float)
+
+# %% ../chapters/05_monitoring.ipynb #abd1c6b7
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
+
+
+class Measured(BaseModel):
+    "A value with its 95 % interval, from resampled days. NaN where no outcome is known."
+
+    model_config = ConfigDict(frozen=True)
+
+    value: Number
+    low: Number
+    high: Number
+
+
+def _measured(value: float, draws: np.ndarray) -> Measured:
+    "The value, and the middle 95 % of the draws."
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Measured(value=float(value), low=float(low), high=float(high))
+
+# %% ../chapters/05_monitoring.ipynb #380fac68
+class Sample(NamedTuple):
+    "Every measure of some days, and of each resample of these days."
+
+    value: dict[str, float]
+    draws: dict[str, np.ndarray]  # shape (ROUNDS,)
+
+    def measured(self) -> dict[str, Measured]:
+        "Values with intervals."
+        return {name: _measured(value, self.draws[name]) for name, value in self.value.items()}
+
+# %% ../chapters/05_monitoring.ipynb #01cc9399
+def measure(
+    sums: DaySums,
+    seed: int = 0,  # of the resampling
+) -> Sample:
+    "Measure some days, and resample them."
+    draws = measures(sums, day_draws(len(sums.flights), seed))
+    return Sample({name: float(value[0]) for name, value in measures(sums).items()}, draws)
+
+# %% ../chapters/05_monitoring.ipynb #8a36b352
+def estimate(
+    rows: Joined,  # the labels are not looked at
+) -> dict[str, float]:
+    "Every measure, as if each flight were disrupted to the degree that the model says."
+    return {name: float(value[0]) for name, value in measures(day_sums(rows._replace(label=rows.score))).items()}
+
+# %% ../chapters/05_monitoring.ipynb #ed023356
+def reference_month(
+    folder: Path,  # the artifact's
+) -> Sample:
+    "The locked test month, as the artifact recorded it."
+    import pandas as pd
+
+    told = pd.read_parquet(folder / "predictions.parquet")
+    score, label = told["probability"].to_numpy(float).round(4), told[LABEL].to_numpy(float)
+    return measure(day_sums(Joined(told["identity"].str[:10].to_numpy(str), score, label)), seed=1)
+
+# %% ../chapters/05_monitoring.ipynb #3efbd69d
+class QualityRule(NamedTuple):
+    "When a measure is worse than it may be."
+
+    metric: str
+    worse: int  # -1: lower than in the reference month; 0: away from zero, on either side
+    by: float  # what matters
+    action: str
+
+
+QUALITY_RULES = (
+    QualityRule("roc_auc", -1, 0.02, "the ranking got worse: look at segments and inputs, then retrain"),
+    QualityRule("recall_at_budget", -1, 0.03, "the warnings hit less: look at days and origins, then retrain"),
+    QualityRule("promise_gap", 0, CRITERIA["calibration_error"].limit, "the probabilities are off: recalibrate"),
+)
+MIN_DAYS = 14  # days with labels, before anything is judged
+WINDOW_DAYS = 28  # of the latest window: four whole weeks
+
+# %% ../chapters/05_monitoring.ipynb #cafda3c4
+class Quality(BaseModel):
+    "How good a model version was over some days, what it promised, and whether that is worse than the reference."
+
+    model_config = ConfigDict(frozen=True)
+
+    model_version: str
+    first_day: str
+    last_day: str
+    days: int
+    flights: int
+    coverage: float  # share of the flights that have an outcome
+    measured: dict[str, Measured]
+    estimated: dict[str, Number]  # without labels
+    reference: dict[str, Number]
+    change: dict[str, Measured]
+    worse: list[str]  # measures that broke their rule
+    unjudged: str = ""  # why there is no verdict, if there is none
+
+# %% ../chapters/05_monitoring.ipynb #1c97fcc3
+def assess_quality(
+    store: LabelStore,
+    model_version: str,
+    days: Sequence[str],  # mature ones, oldest first
+    reference: Sample,
+    now: int | None = None,  # Unix seconds, replayed
+) -> Quality:
+    "Measure, estimate and judge some days."
+    rows = joined(store, model_version, days, now)
+    sample, coverage = measure(day_sums(rows)), float((~np.isnan(rows.label)).mean())
+    measured, change, unjudged = sample.measured(), _change(sample, reference), _why_not(len(days), coverage)
+    return Quality(
+        model_version=model_version,
+        first_day=days[0],
+        last_day=days[-1],
+        days=len(days),
+        flights=len(rows.day),
+        coverage=coverage,
+        measured=measured,
+        estimated=estimate(rows),
+        reference=reference.value,
+        change=change,
+        worse=[] if unjudged else _verdicts(measured, change),
+        unjudged=unjudged,
+    )
+
+# %% ../chapters/05_monitoring.ipynb #3f2a3549
+def _change(now: Sample, then: Sample) -> dict[str, Measured]:
+    "Each measure against another sample; the days of both were resampled."
+    a, b = now, then
+    return {name: _measured(a.value[name] - b.value[name], a.draws[name] - b.draws[name]) for name in a.value}
+
+# %% ../chapters/05_monitoring.ipynb #9f890e4d
+def proven(
+    rule: QualityRule,
+    measured: Measured,
+    change: Measured,  # against the reference month
+) -> bool:
+    "Whether chance is excluded: the interval lies on the bad side."
+    return change.high < 0 if rule.worse else not measured.low <= 0 <= measured.high
+
+
+def _broken(rule: QualityRule, measured: Measured, change: Measured) -> bool:
+    "Off by more than matters, and by more than chance."
+    off = -change.value if rule.worse else abs(measured.value)
+    return off > rule.by and proven(rule, measured, change)
+
+# %% ../chapters/05_monitoring.ipynb #eeddaf4d
+def _verdicts(measured: Mapping[str, Measured], change: Mapping[str, Measured]) -> list[str]:
+    "The measures whose rule is broken."
+    return [rule.metric for rule in QUALITY_RULES if _broken(rule, measured[rule.metric], change[rule.metric])]
+
+
+def _why_not(days: int, coverage: float) -> str:
+    "Why no verdict can be given, if so."
+    if days < MIN_DAYS:
+        return f"{days} mature days, at least {MIN_DAYS} are needed"
+    return "" if coverage >= MIN_COVERAGE else f"{coverage:.1%} have an outcome, {MIN_COVERAGE:.0%} are needed"
+
+# %% ../chapters/05_monitoring.ipynb #a62946cb
+def quality_by_month(
+    store: LabelStore,
+    model_version: str,
+    reference: Sample,
+    now: int | None = None,  # Unix seconds, replayed
+) -> list[Quality]:
+    "One entry for each calendar month that has mature days."
+    months: dict[str, list[str]] = {}
+    for day in mature_days(store, model_version, now):
+        months.setdefault(day[:7], []).append(day)
+    return [assess_quality(store, model_version, days, reference, now) for days in months.values()]
+
+# %% ../chapters/05_monitoring.ipynb #c67e65ef
+class LatestQuality(NamedTuple):
+    "The newest judgement of a model version, and what is not judged yet."
+
+    quality: Quality  # of the latest mature days
+    estimate: dict[str, float]  # of the latest days that were scored, mature or not
+    start: int  # Unix seconds, replayed: the first scheduled departure of the mature window
+    end: int  # its last one
+    clock: int  # up to here the store has everything
+
+# %% ../chapters/05_monitoring.ipynb #94c5bfd5
+def latest_quality(
+    store: LabelStore,
+    model_version: str,
+    reference: Sample,
+    now: int | None = None,  # Unix seconds, replayed
+) -> LatestQuality | None:
+    "Judge the latest `WINDOW_DAYS` mature days; None if there are none yet."
+    mature = mature_days(store, model_version, now)[-WINDOW_DAYS:]
+    if not mature:
+        return None
+    scored = mature_days(store, model_version, now, wait=timedelta(0))[-WINDOW_DAYS:]
+    edges = "SELECT min(scored_at), max(scored_at) FROM predictions WHERE model_version = ? AND day BETWEEN ? AND ?"
+    first, last = store.rows(edges, model_version, mature[0], mature[-1])[0]
+    lead = int(SCORING_LEAD.total_seconds())
+    return LatestQuality(
+        quality=assess_quality(store, model_version, mature, reference, now),
+        estimate=estimate(joined(store, model_version, scored, now)),
+        start=first + lead,
+        end=last + lead,
+        clock=replayed_to(store) if now is None else now,
+    )
+
+# %% ../chapters/05_monitoring.ipynb #d812441e
+_QUALITY_GAUGES = {
+    "model_quality": "Measured on the latest mature days.",
+    "model_quality_low": "Lower end of its 95 % interval, days resampled.",
+    "model_quality_high": "Upper end of its 95 % interval, days resampled.",
+    "model_quality_reference": "The same in the locked test month.",
+    "model_quality_estimate": "Estimated without labels, on the latest days that were scored.",
+    "model_quality_regressed": "1 if it broke its rule, 0 if not; absent without a verdict.",
+}
+_WINDOW_GAUGES = {
+    "model_label_coverage": "Share of the mature predictions of the window that have an outcome.",
+    "model_quality_window_start_seconds": "First scheduled departure of the window, replayed Unix time.",
+    "model_quality_window_end_seconds": "Last scheduled departure of the window, replayed Unix time.",
+    "model_quality_clock_seconds": "Replayed Unix time up to which the store has everything.",
+}
+
+# %% ../chapters/05_monitoring.ipynb #e49dfc17
+class QualityMetrics(Collector):
+    "What Prometheus reads: the latest judgement of each model version. Set `latest`, then scrape."
+
+    def __init__(self, latest: Sequence[LatestQuality] = ()) -> None:
+        self.latest = list(latest)
+
+    def collect(self) -> Iterator[Metric]:
+        "One gauge for each name above."
+        for name, text in _QUALITY_GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=("metric", "model_version"))
+            for one in self.latest:
+                for metric, number in _numbers(one)[name].items():
+                    gauge.add_metric((metric, one.quality.model_version), number)
+            yield gauge
+        for name, text in _WINDOW_GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=("model_version",))
+            for one in self.latest:
+                numbers = (one.quality.coverage, one.start, one.end, one.clock)
+                gauge.add_metric((one.quality.model_version,), dict(zip(_WINDOW_GAUGES, numbers, strict=True))[name])
+            yield gauge
+
+# %% ../chapters/05_monitoring.ipynb #f39ca95d
+def _numbers(one: LatestQuality) -> dict[str, dict[str, float]]:
+    "Gauge name -> measure -> number."
+    q = one.quality
+    verdicts = {} if q.unjudged else {rule.metric: float(rule.metric in q.worse) for rule in QUALITY_RULES}
+    return {
+        "model_quality": {name: m.value for name, m in q.measured.items()},
+        "model_quality_low": {name: m.low for name, m in q.measured.items()},
+        "model_quality_high": {name: m.high for name, m in q.measured.items()},
+        "model_quality_reference": q.reference,
+        "model_quality_estimate": one.estimate,
+        "model_quality_regressed": verdicts,
+    }
+
+# %% ../chapters/05_monitoring.ipynb #4eb58552
+Light = Literal["green", "yellow", "red", "unknown"]
+SIGNS: dict[Light, tuple[str, str]] = {
+    "green": ("✓", "fine"),
+    "yellow": ("!", "watch"),
+    "red": ("✕", "act"),
+    "unknown": ("?", "not known"),
+}
+
+# %% ../chapters/05_monitoring.ipynb #e9c8a468
+class Limits(NamedTuple):
+    "Where fine ends and where something has to be done. More is better if `fine` is the larger one."
+
+    fine: float
+    act: float
+
+# %% ../chapters/05_monitoring.ipynb #dc50f7ae
+def light(
+    value: float | None,  # None or NaN: nobody knows
+    limits: Limits,
+) -> Light:
+    "Green, yellow or red; what is not known is never green."
+    if value is None or math.isnan(value):
+        return "unknown"
+    sign = 1 if limits.fine > limits.act else -1
+    if sign * value >= sign * limits.fine:
+        return "green"
+    return "red" if sign * value < sign * limits.act else "yellow"
+
+# %% ../chapters/05_monitoring.ipynb #83c39666
+def together(lights: Iterable[Light]) -> Light:
+    "One light for several: red if any is, else unknown if any is, else the worst of the others."
+    seen = set(lights)
+    order: tuple[Light, ...] = ("red", "unknown", "yellow", "green")
+    return next((one for one in order if one in seen), "unknown")
+
+# %% ../chapters/05_monitoring.ipynb #1de6217d
+class Figure(BaseModel):
+    "One number of the summary."
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    value: float | None
+    form: str  # how it is written, such as '.2%'
+    unit: str = ""  # behind it, such as 'ms'
+    before: float | None = None  # the same in the period before
+    since: str = "the period before"  # what `before` is about
+    least: float = 0.0  # a smaller change is no change
+    better: Literal["more", "less", "neither"] = "neither"
+    light: Light | None = None  # None: nothing was promised
+    target: str = ""  # what was promised
+    note: str = ""  # what else a reader must know
+
+    def text(self, value: float | None) -> str:
+        "As people write it."
+        if value is None or math.isnan(value):
+            return "not known"
+        return spaced(f"{value:{self.form}}") + (f" {self.unit}" if self.unit else "")
+
+
+def spaced(text: str) -> str:
+    "Per cent signs with a space before them at which no line ends."
+    return text.replace("%", "\N{NO-BREAK SPACE}%")
+
+# %% ../chapters/05_monitoring.ipynb #a73bdb37
+def trend(one: Figure) -> tuple[str, str]:
+    "An arrow, and what it means; both empty when one of the two numbers is not known."
+    if one.value is None or one.before is None or math.isnan(one.value + one.before):
+        return "", ""
+    change = one.value - one.before
+    if abs(change) <= one.least:
+        return "→", "about the same"
+    good = {"more": change > 0, "less": change < 0}.get(one.better)
+    word = {True: "better", False: "worse", None: "higher" if change > 0 else "lower"}[good]
+    return ("↑" if change > 0 else "↓"), word
+
+# %% ../chapters/05_monitoring.ipynb #987a5dcd
+def quality_light(
+    one: Quality,
+    metric: str,  # of one of `QUALITY_RULES`
+) -> Light:
+    "Red: worse by the rule. Yellow: more than chance, but less than matters. Unknown: without a verdict."
+    if one.unjudged:
+        return "unknown"
+    if metric in one.worse:
+        return "red"
+    rule = next(rule for rule in QUALITY_RULES if rule.metric == metric)
+    return "yellow" if proven(rule, one.measured[metric], one.change[metric]) else "green"
+
+# %% ../chapters/05_monitoring.ipynb #66dd3767
+class Point(NamedTuple):
+    "One value of a plot."
+
+    at: str  # ISO date, or date and time
+    value: float | None  # None: a gap
+    low: float | None = None  # of its interval
+    high: float | None = None
+
+
+class Plot(BaseModel):
+    "One plot of the summary: a finding, its lines, and the limits that they are compared with."
+
+    title: str
+    axis: str  # with its unit
+    lines: dict[str, list[Point]]
+    limits: dict[str, float] = {}  # name -> value
+    percent: bool = False  # shares: never above 100 %
+
+# %% ../chapters/05_monitoring.ipynb #b99ff7a8
+class Risk(BaseModel):
+    "What may go wrong, or does."
+
+    light: Light
+    text: str
+    doing: str = ""  # what is done about it
+
+# %% ../chapters/05_monitoring.ipynb #ce7f58f1
+QUALITY_SHOWN: dict[str, tuple[str, str, str, Literal["more", "less", "neither"]]] = {
+    "roc_auc": ("Ranking of the flights (ROC AUC)", ".3f", "", "more"),
+    "recall_at_budget": ("Disrupted flights that were warned", ".1%", "", "more"),
+    "false_warnings_per_1000": ("Needless warnings per 1,000 flights", ".0f", "", "less"),
+    "promise_gap": ("Promised minus observed risk", "+.3f", "", "neither"),
+}
+
+# %% ../chapters/05_monitoring.ipynb #6006ba93
+def quality_figures(
+    months: Sequence[Quality],  # of one model version, oldest first
+) -> list[Figure]:
+    "What the labels say about the last of them; one unknown figure if there is none."
+    if not months:
+        return [Figure(name="Quality on labelled flights", value=None, form=".3f", light="unknown")]
+    return [_quality_figure(metric, *months[-2:]) for metric in QUALITY_SHOWN]
+
+
+def _quality_figure(metric: str, *months: Quality) -> Figure:
+    "One measure of the last month."
+    name, form, unit, better = QUALITY_SHOWN[metric]
+    last, found = months[-1], months[-1].measured[metric]
+    earlier = months[0].measured[metric].value if len(months) > 1 else None
+    one = Figure(name=name, value=found.value, form=form, unit=unit, better=better)
+    ruled = metric in {rule.metric for rule in QUALITY_RULES}
+    text = f"{last.first_day} to {last.last_day}, {last.coverage:.0%} with outcome; 95% interval {found.low:{form}} to"
+    more = {
+        "before": earlier,
+        "since": months[0].first_day[:7],
+        "least": (found.high - found.low) / 2,
+        "light": quality_light(last, metric) if ruled else None,
+        "target": f"When it was approved: {one.text(last.reference[metric])}.",
+        "note": last.unjudged or spaced(f"{text} {found.high:{form}}."),
+    }
+    return one.model_copy(update=more)
+
+# %% ../chapters/05_monitoring.ipynb #838e898a
+def quality_plot(
+    versions: Mapping[str, Sequence[Quality]],  # months by model version; the one that serves comes first
+    metric: str = "roc_auc",
+) -> Plot:
+    "A measure by month, with intervals, beside what was promised."
+    (main, months), *_ = versions.items()
+    worse = [one.first_day[:7] for one in months if metric in one.worse]
+    finding = f"worse than promised in {', '.join(worse)}" if worse else "in no month proven worse than promised"
+    lines = {}
+    for name, months_of in versions.items():
+        found = [(one.first_day, one.measured[metric]) for one in months_of]
+        lines[name] = [Point(at, value.value, value.low, value.high) for at, value in found]
+    limits = {f"{main} promised": months[-1].reference[metric]} if months else {}
+    name = QUALITY_SHOWN[metric][0]
+    return Plot(title=f"{name}: {main} {finding}", axis=name, lines=lines, limits=limits)
+
+# %% ../chapters/05_monitoring.ipynb #dd0258a7
+def quality_risks(
+    one: Quality,  # the latest
+) -> list[Risk]:
+    "What the labels prove, or why they prove nothing."
+    if one.unjudged:
+        return [Risk(light="unknown", text=f"The quality of {one.model_version} is not judged: {one.unjudged}.")]
+    rules = [rule for rule in QUALITY_RULES if rule.metric in one.worse]
+    found = [(f"{rule.action.capitalize()}.", _quality_figure(rule.metric, one)) for rule in rules]
+    return [
+        Risk(light="red", text=f"{figure.name}: {figure.text(figure.value)}, model {one.model_version}.", doing=action)
+        for action, figure in found
+    ]
+
+# %% ../chapters/05_monitoring.ipynb #245bb1c8
+def drift_facts(
+    reports: Sequence[DriftReport],  # of windows that follow each other, the newest last
+) -> tuple[Figure, list[Risk]]:
+    "What they come to, as a figure and as risks."
+    verdict = judge(reports)
+    shades: dict[str, Light] = {"none": "green", "warning": "yellow", "critical": "red"}
+    shade = shades.get(verdict.severity, "unknown")
+    figure = Figure(
+        name="Findings of the drift report",
+        value=float(len(verdict.alarms)),
+        form=".0f",
+        light=shade,
+        target=f"{verdict.severity}, against {reports[-1].baseline}, {reports[-1].first} to {reports[-1].last}",
+        note=f"{len(verdict.waiting)} more were seen once; {len(verdict.explained)} have a known cause.",
+    )
+    found = [Risk(light=shade, text=f"Drift: {sentence(one)}.", doing=one.remedy) for one in verdict.alarms]
+    known = [Risk(light="green", text=f"Drift: {sentence(one)}.") for one in verdict.explained]
+    return figure, found + known
+
+# %% ../chapters/05_monitoring.ipynb #5366d423
+class Summary(BaseModel):
+    "What the page says."
+
+    title: str
+    release: str  # what served, at the end of the period
+    first: datetime  # the period that it speaks about
+    last: datetime
+    made_at: datetime
+    seen: float | None  # share of the period for which there is data
+    said: str  # by the operator, in a few sentences
+    service: list[Figure]
+    model: list[Figure]
+    risks: list[Risk]
+    plots: list[Plot]
+    more: dict[str, str] = {}  # text -> address of pages with more
+
+# %% ../chapters/05_monitoring.ipynb #6213a120
+ANSWERS: dict[str, dict[Light, str]] = {
+    "Are we within our promises?": {"green": "Yes", "yellow": "Not quite", "red": "No", "unknown": "Not known"},
+    "Is the model stable?": {"green": "Yes", "yellow": "It needs watching", "red": "No", "unknown": "Not known"},
+    "Are there known risks?": {
+        "green": "No open ones",
+        "yellow": "Yes",
+        "red": "Yes, urgent ones",
+        "unknown": "Not known",
+    },
+}
+
+# %% ../chapters/05_monitoring.ipynb #3e6157c9
+def three_answers(facts: Summary) -> list[tuple[str, Light, str, str]]:
+    "The three questions, each with its light, its answer and the reason."
+    found = []
+    for question, group in zip(list(ANSWERS)[:2], (facts.service, facts.model), strict=True):
+        shade = together(one.light for one in group if one.light)
+        names = [one.name for one in group if one.light == shade]
+        reason = "All figures are within their limits." if shade == "green" else f"Because of: {', '.join(names)}."
+        found.append((question, shade, ANSWERS[question][shade], reason if names else "Nothing was measured."))
+    question = list(ANSWERS)[2]
+    shade = together([risk.light for risk in facts.risks] or ["green"])
+    urgent = sum(risk.light == "red" for risk in facts.risks)
+    nothing = "No alert, no drift, no gap in the data."
+    reason = f"{len(facts.risks)} listed below, {urgent} urgent." if facts.risks else nothing
+    return [*found, (question, shade, ANSWERS[question][shade], reason)]
+
+# %% ../chapters/05_monitoring.ipynb #48038c76
+_SERIES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+_INK, _FAINT = "#010203", "#040506"  # stand for the page's colours
+
+# %% ../chapters/05_monitoring.ipynb #63bef46b
+def draw_plot(plot: Plot) -> str:
+    "The plot as SVG, to be put into a page. Its colours are variables of that page."
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+
+    look: Any = {"svg.fonttype": "none", "svg.hashsalt": plot.title, "text.parse_math": False, "font.size": 8.5}
+    look |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    with mpl.rc_context(look):
+        canvas = Canvas(figsize=(4.8, 2.7), layout="constrained")
+        axes = canvas.subplots()
+        for (name, points), colour in zip(plot.lines.items(), _SERIES, strict=False):
+            draw_line(axes, name, points, colour)
+        finish_plot(axes, plot)
+        return page_colours(canvas)
+
+# %% ../chapters/05_monitoring.ipynb #d085ccf8
+def draw_line(axes: Any, name: str, points: Sequence[Point], colour: str) -> None:
+    "One line, with the intervals of its points if there are any. A gap stays a gap."
+    times = [datetime.fromisoformat(point.at) for point in points]
+    values = [math.nan if point.value is None else point.value for point in points]
+    axes.plot(times, values, color=colour, lw=1.6, marker="o" if len(points) < 13 else "", ms=4, label=name)
+    held = [(t, p.low, p.high) for t, p in zip(times, points, strict=True) if p.low is not None and p.high is not None]
+    if held:
+        at, low, high = zip(*held, strict=True)
+        axes.vlines(at, low, high, color=colour, lw=3, alpha=0.35)
+
+# %% ../chapters/05_monitoring.ipynb #825d1ab1
+def finish_plot(axes: Any, plot: Plot) -> None:
+    "Limits, axes and legend."
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    from matplotlib.ticker import PercentFormatter
+
+    for name, limit in plot.limits.items():
+        axes.axhline(limit, color=_INK, lw=1, ls=(0, (4, 3)))
+        axes.annotate(name, (1, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set_ylabel(plot.axis)
+    axes.spines[:].set_visible(False)
+    axes.grid(axis="y", color=_FAINT, lw=0.8)
+    axes.tick_params(length=0)
+    locator = AutoDateLocator(maxticks=6)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    if len(times := sorted({point.at for points in plot.lines.values() for point in points})) < 8:
+        axes.set_xticks([datetime.fromisoformat(at) for at in times])
+    if plot.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        values = [point.value for points in plot.lines.values() for point in points if point.value is not None]
+        axes.set_ylim(top=1, bottom=1 - 1.2 * (1 - min([*values, *plot.limits.values()], default=0)))
+    if len(plot.lines) > 1:
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.12))
+
+# %% ../chapters/05_monitoring.ipynb #4f6fb94d
+def page_colours(canvas: Any) -> str:
+    "The drawing as text, in the colours of the page, without names that would clash with other drawings there."
+    import io
+
+    file = io.StringIO()
+    canvas.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    used = set(re.findall(r'(?:href="|url\()#([\w-]+)', svg))
+    svg = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    names = {**{c: f"series-{n}" for n, c in enumerate(_SERIES, 1)}, _INK: "ink", _FAINT: "faint"}
+    return re.sub("|".join(names), lambda found: f"var(--{names[found[0]]})", svg)
+
+# %% ../chapters/05_monitoring.ipynb #651b9a8e
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1c2733;--soft:#55606d;--paper:#fff;--card:#f4f6f8;--faint:#d5dbe1;--green:#1a6b2c;
+--yellow:#7a5200;--red:#b3261e;--unknown:#4a4f57;--series-1:#33669a;--series-2:#c63d50;--series-3:#1f7a31;--series-4:#8a7400;
+--series-5:#1f7fa0;--series-6:#8f2470}
+@media (prefers-color-scheme:dark){:root{--ink:#e8edf2;--soft:#aab4bf;--paper:#14191f;--card:#1e252d;--faint:#3a444f;
+--green:#7fd391;--yellow:#f0c75e;--red:#ff9a92;--unknown:#c3c9d1;--series-1:#7db0e0;--series-2:#ff8a97;--series-3:#6fcf7f;
+--series-4:#e0cc63;--series-5:#7fd3ef;--series-6:#e28cc8}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:68rem;padding:1.5rem 1rem 3rem;background:var(--paper);color:var(--ink);
+font:1rem/1.5 system-ui,sans-serif}
+h1{font-size:1.6rem;line-height:1.2;margin:0}
+h2{font-size:1.15rem;margin:2.2rem 0 .7rem}
+h3{font-size:1rem;margin:0}
+p{margin:.3rem 0}
+.soft,small,footer{color:var(--soft);font-size:.9rem}
+.grid{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr))}
+.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
+.card{background:var(--card);border-radius:.5rem;padding:.9rem 1rem;border-left:.4rem solid var(--light,var(--faint))}
+.big{font-size:1.6rem;font-weight:650;line-height:1.2}
+.light{color:var(--light);font-weight:650;white-space:nowrap}
+.green{--light:var(--green)}.yellow{--light:var(--yellow)}.red{--light:var(--red)}.unknown{--light:var(--unknown)}
+figure{margin:0}
+figcaption{font-weight:650}
+svg{width:100%;height:auto}
+svg text{font-family:inherit!important}
+table{border-collapse:collapse;font-size:.9rem}
+td,th{padding:.15rem .9rem .15rem 0;text-align:left}
+a{color:var(--series-1)}
+@media print{.card{break-inside:avoid}details{display:none}}
+"""
+
+# %% ../chapters/05_monitoring.ipynb #84f35b74
+_SIGN = """{% macro sign(light) %}<span class="light"><span aria-hidden="true">{{ signs[light][0] }}</span>
+{{ signs[light][1] }}</span>{% endmacro %}
+"""
+
+# %% ../chapters/05_monitoring.ipynb #f969740c
+_FIGURE = """{% macro card(one) %}<div class="card {{ one.light or '' }}">
+<h3>{{ one.name }}</h3>
+<p class="big">{{ one.text(one.value) }}</p>
+{% set arrow, word = trend(one) %}
+<p>{% if one.light %}{{ sign(one.light) }} {% endif %}{% if arrow %}
+<span><span aria-hidden="true">{{ arrow }}</span> {{ word }}</span>
+<small>({{ one.text(one.before) }} in {{ one.since }})</small>{% endif %}</p>
+{% if one.target %}<p class="soft">{{ one.target }}</p>{% endif %}
+{% if one.note %}<p class="soft">{{ one.note }}</p>{% endif %}
+</div>{% endmacro %}
+"""
+
+# %% ../chapters/05_monitoring.ipynb #956e4b50
+_PLOT = """{% macro drawn(plot) %}<figure class="card">
+<figcaption>{{ plot.title }}</figcaption>
+<div role="img" aria-label="{{ plot.title }} ({{ plot.axis }}); the numbers are below">{{ draw(plot)|safe }}</div>
+<details><summary class="soft">The numbers</summary><table>
+<thead><tr><th scope="col">{{ plot.axis }}</th>
+{% for name in plot.lines %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for at, cells in table(plot) %}<tr><th scope="row">{{ at }}</th>
+{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
+</table></details></figure>{% endmacro %}
+"""
+
+# %% ../chapters/05_monitoring.ipynb #466b8e92
+def table(plot: Plot) -> list[tuple[str, list[str]]]:
+    "The numbers behind a plot, a row for each time: for those who do not see it, and for those who want them."
+    known = [{point.at: point for point in points} for points in plot.lines.values()]
+    times = sorted({at for line in known for at in line})
+    return [(at.replace("T", " "), [_cell(line.get(at), plot.percent) for line in known]) for at in times]
+
+
+def _cell(point: Point | None, percent: bool) -> str:
+    "A value with its interval."
+    if point is None or point.value is None:
+        return "no data"
+    form = ".2%" if percent else ".3g"
+    spread = f" ({point.low:{form}} to {point.high:{form}})" if point.low is not None else ""
+    return spaced(f"{point.value:{form}}{spread}")
+
+# %% ../chapters/05_monitoring.ipynb #d0f185d2
+_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{{ facts.title }}</title><style>{{ style|safe }}</style></head><body>
+<header><h1>{{ facts.title }}</h1>
+<p class="soft">{{ when(facts.first) }} to {{ when(facts.last) }}<br>
+release {{ facts.release }} (commit, model, settings)</p></header>
+<main>
+<div class="grid" style="margin-top:1rem">{% for question, light, answer, reason in answers %}
+<section class="card {{ light }}"><h2 style="margin:0">{{ question }}</h2>
+<p class="big"><span class="light" aria-hidden="true">{{ signs[light][0] }}</span> {{ answer }}</p>
+<p class="soft">{{ reason }}</p></section>{% endfor %}</div>
+"""
+
+# %% ../chapters/05_monitoring.ipynb #cd206c5a
+_BODY = """<h2>What happened</h2><p>{{ facts.said or "The operator has not written anything." }}</p>
+<h2>Known risks</h2>{% for risk in facts.risks %}
+<p class="{{ risk.light }}">{{ sign(risk.light) }} {{ risk.text }}
+{% if risk.doing %}<em>{{ risk.doing }}</em>{% endif %}</p>
+{% else %}<p>None.</p>{% endfor %}
+<h2>The service</h2><div class="grid">{% for one in facts.service %}{{ card(one) }}{% endfor %}</div>
+<h2>The model</h2><div class="grid">{% for one in facts.model %}{{ card(one) }}{% endfor %}</div>
+<h2>Over time</h2><div class="grid wide">{% for plot in facts.plots %}{{ drawn(plot) }}{% endfor %}</div></main>
+<footer><h2>How to read this</h2>
+<p>{% for light in signs %}<span class="{{ light }}">{{ sign(light) }}</span>{{ ", " if not loop.last }}{% endfor %}.
+An arrow compares with the period before; a level one means that the change is too small to matter.</p>
+<p>Made {{ when(facts.made_at) }}{% if facts.seen is not none %}; there are measurements for
+{{ spaced("{:.0%}".format(facts.seen)) }} of the period{% endif %}.</p>
+{% for text, address in facts.more.items() %}<p><a href="{{ address }}">{{ text }}</a></p>{% endfor %}
+</footer></body></html>
+"""
+
+# %% ../chapters/05_monitoring.ipynb #dbde73b9
+def render_summary(facts: Summary) -> str:
+    "The page as one HTML text: nothing is loaded from anywhere."
+    from jinja2 import Environment, StrictUndefined
+
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    page.globals |= {"signs": SIGNS, "style": _STYLE, "trend": trend, "draw": draw_plot, "table": table}
+    page.globals |= {"spaced": spaced, "when": "{:%d %B %Y, %H:%M} UTC".format}
+    template = page.from_string(_SIGN + _FIGURE + _PLOT + _HEAD + _BODY)
+    return template.render(facts=facts, answers=three_answers(facts))

@@ -8,16 +8,20 @@ from ops import (
     bench,
     compose,
     course,
+    dashboards,
     door,
     drift,
     image,
     lock,
     publish,
     push,
+    quality,
     release,
+    replay,
     roundtrip,
     scan,
     smoke,
+    summary,
     synthetic,
     train,
 )
@@ -51,7 +55,11 @@ cli.add_command(smoke.smoke)
 cli.add_command(synthetic.synthetic)
 cli.add_command(drift.drift)
 cli.add_command(drift.calibrate_drift)
+cli.add_command(replay.replay)
+cli.add_command(quality.quality)
 cli.add_command(bench.bench)
+cli.add_command(dashboards.dashboards)
+cli.add_command(summary.summary)
 cli.add_command(lock.lock)
 cli.add_command(roundtrip.roundtrip)
 cli.add_command(alert_drill.alert_drill)

@@ -22,13 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import httpx
 
 from ops import ROOT, artifacts_option
 from ops.alert_rules import configure
+
+if TYPE_CHECKING:
+    import httpx
 
 FACTOR = 240.0  # an hour of the rules is 15 seconds here
 CALM_S = 20.0  # of ordinary traffic before each fault; nothing may fire
@@ -75,6 +77,8 @@ class Lab:
 
     def post(self, path: str, body: Any) -> None:
         """Send one request. What comes back is for Prometheus to judge."""
+        import httpx
+
         with suppress(httpx.TransportError):
             self.client.post(self.door + path, json=body)
 
@@ -227,6 +231,8 @@ def running(command: list[str], log: Path, **environment: str) -> Generator[subp
 
 def answers(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> None:
     """Wait until an address answers anything at all. Raises `ClickException` with the program's last words."""
+    import httpx
+
     end = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < end:
         try:
@@ -247,6 +253,8 @@ def laboratory(
     environment: dict[str, str],  # of the service
 ) -> Iterator[Lab]:
     """Start service, Envoy and Prometheus, and stop them in the end."""
+    import httpx
+
     from ops import door
 
     ports = {name: free_port() for name in ("service", "door", "admin", "prometheus")}

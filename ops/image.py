@@ -157,6 +157,8 @@ def image(model: str | None, archive: Path | None, artifacts: Path) -> None:
     A tag that names a commit is built once and then kept. With uncommitted changes the tag ends in -dirty and is
     built anew each time. The build fails unless the model passes its digest, its hashes and its golden requests.
     """
+    if archive and not archive.resolve().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {archive.parent}; make it first", param_hint="--archive")
     chosen = plan(artifacts, model)
     dirty = chosen.revision.endswith("-dirty")
     if dirty:
@@ -166,7 +168,7 @@ def image(model: str | None, archive: Path | None, artifacts: Path) -> None:
     elif labels(chosen.tag)["digest"] != chosen.digest:
         raise DockerError(
             f"{chosen.tag} exists with another model ({labels(chosen.tag)['model']}), and a tag is never used twice; "
-            f"name the model: python -m ops image --model {chosen.model}"
+            f"name the model: .venv/bin/python -m ops image --model {chosen.model}"
         )
     if dirty or not exists(checks_of(chosen.tag)):
         build_checks(chosen.tag)
@@ -174,6 +176,5 @@ def image(model: str | None, archive: Path | None, artifacts: Path) -> None:
     more = sum(size for _, size in layers(checks_of(chosen.tag))) - sum(size for _, size in layers(chosen.tag))
     click.echo(f"{checks_of(chosen.tag)}  {more / MIB:.1f} MiB on top of it")
     if archive:
-        archive.parent.mkdir(parents=True, exist_ok=True)
         docker("save", "--output", str(archive), chosen.tag, checks_of(chosen.tag))
         click.echo(f"both are in {archive}, {archive.stat().st_size / MIB:.0f} MiB")

@@ -57,8 +57,13 @@ def push(registry: str, archive: Path | None, output: Path | None) -> None:
     """Push flight-disruption:sha-COMMIT and the checks' image to REGISTRY under the same tag.
 
     Refused: an image of uncommitted changes, an image that `scan` finds a secret in, and a tag that already names
-    another image. Take the printed digest for `python -m ops release --image`.
+    another image. Take the first printed name for `release --image`.
     """
+    if "://" in registry or not registry.strip():
+        raise click.BadParameter(
+            f"'{registry}' is not host/name, such as ghcr.io/OWNER or 127.0.0.1:5055; write it without http://",
+            param_hint="--registry",
+        )
     if archive:
         docker("load", "--quiet", "--input", str(archive))
     image = f"{REPOSITORY}:sha-{revision()}"
@@ -68,8 +73,10 @@ def push(registry: str, archive: Path | None, output: Path | None) -> None:
     for one in (image, checks_of(image)):
         if not exists(one):
             raise DockerError(f"there is no image {one}; build it with `make image`")
+        click.echo(f"scanning {one} for secrets ...", err=True)
         if found := findings(one):
             raise DockerError("\n".join([f"{one} must not be published:", *found]))
+        click.echo(f"pushing {one} to {registry} ...", err=True)
         # Registries know small letters only; the name of an account may have others.
         pushed.append(push_once(one, f"{registry.rstrip('/').lower()}/{one}"))
         click.echo(pushed[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,40 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ops import ROOT, artifacts_option
+from ops import ROOT, artifacts_option, store_option
 from ops.smoke import key_for, url_option
 
 if TYPE_CHECKING:
-    from mlops_course.release import Evidence, Store
+    from mlops_course.release import Evidence, Release, Store
 
 
 class Refused(click.ClickException):
     """A step that was refused for a reason its message gives; the exit code is 1."""
 
 
+STORE_HELP = (
+    "for s3://… set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, outside Amazon, AWS_ENDPOINT_URL; for a folder "
+    "look at its rights"
+)
+
+
 @contextmanager
 def told() -> Iterator[None]:
-    """Turn the errors of chapters 1 and 4 into one line and exit code 1."""
+    """Turn the errors of chapters 1 and 4 and of the store into one line and exit code 1; warnings are printed."""
+    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+
     from mlops_course.blueprint import ArtifactError, VersionError
-    from mlops_course.release import Conflict, ReleaseError
+    from mlops_course.release import BehindWarning, Conflict, ReleaseError
 
     try:
-        yield
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", BehindWarning)
+            yield
     except Conflict as error:
-        raise Refused(f"{error} at the same moment; look at `python -m ops history`, then run this again") from error
+        raise Refused(
+            f"{error} at the same moment; look at `.venv/bin/python -m ops history`, then run this again"
+        ) from error
     except (ArtifactError, VersionError, ReleaseError) as error:
         raise Refused(str(error)) from error
-
-
-def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option that says where models, channels and ledger are kept."""
-    option = click.option(
-        "--store",
-        "store_url",
-        help="Where models, channels and ledger are kept: a folder or s3://bucket/name. "
-        "Default: artifacts/flight-disruption in the project.",
-    )
-    return option(command)
+    except (BotoCoreError, OSError) as error:
+        raise Refused(f"the store cannot be used ({error}); {STORE_HELP}") from error
+    for warning in seen:
+        click.echo(f"Warning: {warning.message}", err=True)
 
 
 def by_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,6 +66,17 @@ def open_store(url: str | None) -> Store:
     from mlops_course.release import Store
 
     return Store(url or ROOT / "artifacts" / MODEL_NAME)
+
+
+def pointed_to(channel: str, store_url: str | None) -> Release:
+    """Return the release that a channel points to. Raises `Refused` if there is none."""
+    from mlops_course.release import read_ledger
+
+    with told():
+        found = read_ledger(open_store(store_url)).current(channel)  # type: ignore[arg-type]
+    if found is None:
+        raise Refused(f"{channel} points to nothing yet; see `.venv/bin/python -m ops history`")
+    return found
 
 
 def head() -> str:
@@ -159,7 +176,10 @@ def rollback(channel: str, by: str, note: str, store_url: str | None) -> None:
 
     with told():
         back = roll_back(open_store(store_url), by, channel, note)  # type: ignore[arg-type]
-    click.echo(f"{channel} points to {back.digest} (model {back.model_version}); restart what runs there")
+    click.echo(
+        f"{channel} points to {back.digest} (model {back.model_version}); start it there: "
+        f"`.venv/bin/python -m ops up --channel {channel}`"
+    )
 
 
 @click.command(short_help="Print the variables that run what a channel points to.")
@@ -168,15 +188,12 @@ def rollback(channel: str, by: str, note: str, store_url: str | None) -> None:
 def env(channel: str, store_url: str | None) -> None:
     """Print image, commit, model digest and settings of the channel's release, one NAME=VALUE a line.
 
+    A setting without a value has its default. `up --channel` takes all this from the ledger by itself.
     What differs from place to place (APP_ENV, API_KEY, addresses) is not in a release and not printed.
     """
-    from mlops_course.release import read_ledger, variables
+    from mlops_course.release import variables
 
-    with told():
-        found = read_ledger(open_store(store_url)).current(channel)  # type: ignore[arg-type]
-    if found is None:
-        raise Refused(f"{channel} points to nothing yet; see `python -m ops history`")
-    for name, value in variables(found).items():
+    for name, value in variables(pointed_to(channel, store_url)).items():
         click.echo(f"{name}={value}")
 
 

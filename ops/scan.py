@@ -16,7 +16,7 @@ import click
 
 from ops import KEY_FILE
 from ops.docker import DockerError, docker
-from ops.image import REPOSITORY, own_start, revision
+from ops.image import REPOSITORY, exists, own_start, revision
 
 # Files that hold secrets, by their names.
 NAMES = re.compile(
@@ -111,6 +111,9 @@ def scan(image: str | None) -> None:
     Default: the image of the commit that is checked out.
     """
     image = image or f"{REPOSITORY}:sha-{revision()}"
+    if not exists(image):
+        raise DockerError(f"there is no image {image}; build it with `make image`, or name another")
+    click.echo(f"scanning {image} ...", err=True)
     if found := findings(image):
         raise DockerError("\n".join([f"{image} must not be published:", *found]))
     click.echo(f"{image}: no secret found")

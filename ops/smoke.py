@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from ops import KEY_FILE, ROOT
+from ops import KEY_FILE, ROOT, setting, store_option
 
 
 class Failed(click.ClickException):
@@ -29,7 +29,7 @@ def url_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def local_url() -> str:
     """Return the address of the service on this machine: its own if something listens there, else Envoy's."""
-    own, door = int(os.environ.get("PORT", "8000")), int(os.environ.get("DOOR_PORT", "8080"))
+    own, door = int(os.environ.get("PORT", "8000")), int(setting("DOOR_PORT", "8080"))
     open_ports = [port for port in (own, door) if listens(port)]
     return f"http://127.0.0.1:{[*open_ports, own][0]}"
 
@@ -68,18 +68,29 @@ def golden_of(version: str | None) -> dict[str, Any]:
 @click.command(short_help="Ask a running service for predictions and check the answers.")
 @url_option
 @click.option("--version", help="The model version that must answer.")
-@click.option("--digest", help="The model's digest that must be served, sha256:…")
-def smoke(url: str, version: str | None, digest: str | None) -> None:
+@click.option("--digest", help="The MODEL's digest that must be served, sha256:…; not that of a release or an image.")
+@click.option(
+    "--channel",
+    type=click.Choice(["candidate", "staging", "prod"]),
+    help="The release of this channel must run there: model, commit, service version and settings, as in the ledger.",
+)
+@store_option
+def smoke(url: str, version: str | None, digest: str | None, channel: str | None, store_url: str | None) -> None:
     """Check /health, /ready and /v1/model, send golden requests of the served version, and a bad one.
 
     Each answer must have exactly the documented fields and types and, if the served version is an approved release,
     its recorded probabilities. Outside dev the key is read from the environment variable API_KEY; for this machine
     also from .secrets/API_KEY, which `make up` writes.
     """
-    from mlops_course.release import SMOKE_CASES, ReleaseError, asking, summary
+    from mlops_course.release import SMOKE_CASES, ReleaseError, asking, expected_of, summary
     from mlops_course.release import smoke as check
 
     expected = {name: value for name, value in (("version", version), ("digest", digest)) if value}
+    if channel:
+        from ops.release import pointed_to  # not in the image of the checks, which has this file too
+
+        release = pointed_to(channel, store_url)
+        expected = {**expected_of(release), **expected}
     times: list[float] = []
     try:
         with asking(url, key_for(url), times) as ask:
@@ -96,3 +107,5 @@ def smoke(url: str, version: str | None, digest: str | None) -> None:
     took = summary(times)
     click.echo(f"  {took['answers']} answers, median {took['p50']:.1f} ms, slowest {took['max']:.1f} ms")
     click.echo(f"ok: {url} serves {served['version']} ({served['digest'][:19]}), {SMOKE_CASES} predictions checked")
+    if channel:
+        click.echo(f"{channel}: {release.digest} runs there, with commit {release.git_sha[:12]} and {release.config}")

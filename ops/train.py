@@ -127,7 +127,7 @@ def approve(version: str, name: str, note: str, artifacts: Path) -> None:
     if not re.fullmatch("[0-9a-f]{40}", manifest.provenance.git_sha):
         raise Refused(
             f"version {version} was trained from '{manifest.provenance.git_sha}', which is not a commit that "
-            f"anybody can check out; commit your changes, `python -m ops discard {version}`, and train again"
+            f"anybody can check out; commit your changes, `.venv/bin/python -m ops discard {version}`, and train again"
         )
     scratch = target.with_name(f".{version}.writing")
     shutil.rmtree(scratch, ignore_errors=True)

@@ -36,12 +36,16 @@ from mlops_course.monitoring import (
     KnownCause,
     check_window,
     compare,
+    count_days,
     draw_window,
+    flights_in,
     joint_limits,
     judge,
+    limits_for,
     load_causes,
     plant,
     psi,
+    rest_share,
     sentence,
     severity,
     write_report,
@@ -124,34 +128,34 @@ def test_counts_are_the_shares_of_the_reference(normal, training, reference):
         assert found == pytest.approx(part["shares"], abs=1e-12), name
     for origin, shares in reference["score"]["by_origin"].items():
         at, place = SEGMENTS.index(origin), normal.bins.places[SCORE]
-        here = normal.counts[at, place] / normal.bins.flights(normal.counts)[at]
+        here = normal.counts[at, place] / flights_in(normal.counts, normal.bins)[at]
         assert here.tolist() == pytest.approx([shares[b] for b in normal.bins.labels[SCORE]], abs=1e-12)
 
 
 def test_segments_add_up_and_days_are_apart(reference, week):
     bins = BinTable(reference)
-    found, table = bins.count(week)
+    found, table = count_days(week, bins)
     assert [day.item() for day in found] == [date(2013, 3, d) for d in range(4, 11)]
     assert (table[:, 0] == table[:, 1:].sum(axis=1)).all()
-    assert bins.flights(table)[:, 0].tolist() == week.groupby(week["scheduled_departure"].dt.date).size().tolist()
+    assert flights_in(table, bins)[:, 0].tolist() == week.groupby(week["scheduled_departure"].dt.date).size().tolist()
 
 
 def test_a_window_has_the_shares_of_blueprint(reference, week):
     bins = BinTable(reference)
-    counts = bins.count(week)[1].sum(axis=0)[0]
+    counts = count_days(week, bins)[1].sum(axis=0)[0]
     dest = category_shares(week["dest"].tolist(), common=10**6)
     for label, count in zip(bins.labels["dest"][:-1], counts[bins.places["dest"]], strict=False):
         assert count / len(week) == pytest.approx(dest.get(label, 0), abs=1e-12)
     pressure = number_shares(week["pressure_mb"].to_numpy(float), bins.parts["pressure_mb"]["edges"])
-    assert bins.rest_share("pressure_mb", counts) == pytest.approx(pressure[MISSING], abs=1e-12)
+    assert rest_share("pressure_mb", counts, bins) == pytest.approx(pressure[MISSING], abs=1e-12)
 
 
 def test_unknown_categories_are_in_other_and_apart(reference, week):
     bins = BinTable(reference)
     strange = week.assign(carrier=["ZZ"] * 40 + week["carrier"].tolist()[40:])
-    counts = bins.count(strange)[1].sum(axis=0)[0]
+    counts = count_days(strange, bins)[1].sum(axis=0)[0]
     assert counts[bins.places["carrier"]].sum() == len(week)
-    assert bins.rest_share("carrier", counts) == pytest.approx(40 / len(week))
+    assert rest_share("carrier", counts, bins) == pytest.approx(40 / len(week))
 
 
 def test_the_index_is_that_of_the_services_counters(reference, normal, scored):
@@ -164,7 +168,7 @@ def test_the_index_is_that_of_the_services_counters(reference, normal, scored):
     monitoring.add_batch(counts, rows, november[SCORE].tolist(), no)
     counters = {name: series for name, *_, series in monitoring.counted(counts)}
     gauges = {name: series for name, *_, series in monitoring.expected(reference)}
-    window = normal.bins.count(november)[1].sum(axis=0)
+    window = count_days(november, normal.bins)[1].sum(axis=0)
 
     def in_promql(increase: dict[str, float], share: dict[str, float]) -> float:
         total = sum(increase.values())
@@ -207,20 +211,20 @@ def test_what_is_below_its_floor_costs_the_others_nothing():
 
 
 def test_limits_repeat_and_a_longer_window_has_lower_ones(training, reference, normal):
-    rows = normal.bins.flights(normal.counts) / len(normal.days)
+    rows = flights_in(normal.counts, normal.bins) / len(normal.days)
     again = Baseline("training", training, reference)
-    assert (again.limits(7, rows * 7) == normal.limits(7, rows * 7)).all()
+    assert (limits_for(again, 7, rows * 7) == limits_for(normal, 7, rows * 7)).all()
     by_chance = [
         k for k, check in enumerate(DRIFT_CHECKS) if check.feature in ("humidity_pct", "wind_speed_mph", SCORE)
     ]
-    short, middle, long_ = (normal.limits(n, rows * n)[by_chance] for n in (1, 7, 28))
+    short, middle, long_ = (limits_for(normal, n, rows * n)[by_chance] for n in (1, 7, 28))
     assert (short >= middle).all()
     assert (middle >= long_).all()
     assert short.max() > 5
 
 
 def test_a_segment_with_few_flights_is_not_judged(normal):
-    limits = normal.limits(2, np.array([700.0, 400.0, 199.0, 101.0]))
+    limits = limits_for(normal, 2, np.array([700.0, 400.0, 199.0, 101.0]))
     judged = {check.segment for check, limit in zip(DRIFT_CHECKS, limits, strict=True) if np.isfinite(limit)}
     assert judged == {"all", "EWR"}
 
@@ -230,7 +234,7 @@ def test_a_segment_with_few_flights_is_not_judged(normal):
 def test_false_alarms_stay_within_five_percent(training, normal, rows: int, design: Literal["rows", "days"]):
     """The promise: windows drawn from the baseline, flight by flight or as consecutive days."""
     rng, windows = np.random.default_rng(rows), 100
-    seen = [compare(normal.bins.count(draw_window(training, rows, design, rng))[1], normal) for _ in range(windows)]
+    seen = [compare(count_days(draw_window(training, rows, design, rng), normal.bins)[1], normal) for _ in range(windows)]
     alarms = sum(any(one.effects[c] > one.limits[c] for c in DRIFT_CHECKS) for one in seen)
     assert alarms <= 0.05 * windows
 
@@ -242,7 +246,7 @@ def test_a_planted_shift_is_found(training, normal, feature):
     found = 0
     for _ in range(windows):
         window = plant(draw_window(training, 1_000, "rows", rng), feature, training, rng)
-        seen = compare(normal.bins.count(window)[1], normal)
+        seen = compare(count_days(window, normal.bins)[1], normal)
         found += any(seen.effects[c] > seen.limits[c] for c in DRIFT_CHECKS if c.feature == feature)
     assert found >= 0.95 * windows
 

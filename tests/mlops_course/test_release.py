@@ -106,8 +106,9 @@ def test_each_part_is_part_of_the_identity(digest):
     ("settings", "problem"),
     [
         ({"PORT": "9000"}, "setting PORT changes no answer"),
-        ({"MAX_BATCH": "1000"}, "or has its default value"),
-        ({"TRESHOLD": "0.5"}, "setting TRESHOLD: Extra inputs are not permitted"),
+        ({"MAX_BATCH": "1000"}, "setting MAX_BATCH has its default value, so it changes nothing; leave it out"),
+        ({"TRESHOLD": "0.5"}, "unknown setting TRESHOLD; those of a release: .*MAX_BATCH, .*THRESHOLD"),
+        ({"threshold": "0.5"}, "unknown setting threshold"),
         ({"THRESHOLD": "2"}, "setting THRESHOLD: Input should be less than or equal to 1"),
     ],
 )
@@ -125,7 +126,7 @@ def test_the_fingerprint_ignores_the_environment_of_whoever_asks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("git_sha", "main"), ("git_sha", f"{SHA}-dirty"), ("model_digest", "1.0.0"), ("image", "registry.example.com/a:v1")],
+    [("git_sha", "main"), ("git_sha", f"{SHA}-dirty"), ("model_digest", "1.0.0")],
 )
 def test_a_name_that_can_point_elsewhere_is_no_part_of_a_release(digest, part, value):
     parts = {"git_sha": SHA, "model_version": VERSION, "model_digest": digest, part: value}
@@ -133,9 +134,21 @@ def test_a_name_that_can_point_elsewhere_is_no_part_of_a_release(digest, part, v
         make_release(**parts)
 
 
+@pytest.mark.parametrize("image", ["registry.example.com/a:v1", "registry.example.com/a@sha256:0123"])
+def test_an_image_without_its_whole_digest_is_told_what_to_do(digest, image):
+    with pytest.raises(ReleaseError, match=f"'{image}' is not host/name@sha256:…; push the image and take the digest"):
+        make_release(SHA, VERSION, digest, image)
+
+
+def test_a_setting_that_a_release_does_not_name_is_told_to_have_its_default(plain, strict):
+    names = set(variables(plain)) - {"SERVICE_IMAGE", "GIT_SHA", "MODEL_DIGEST", "MODEL_VERSION"}
+    assert names >= {"THRESHOLD", "MAX_BATCH", "BODY_TIMEOUT_S"}
+    assert {variables(plain)[name] for name in names} == {""}
+    assert (variables(strict)["THRESHOLD"], variables(strict)["MAX_BATCH"]) == ("0.5", "")
+
+
 def test_what_a_place_needs_to_run_a_release(strict, digest):
-    assert variables(strict) == {
-        "SERVICE_IMAGE": "",
+    assert {name: value for name, value in variables(strict).items() if value} == {
         "GIT_SHA": SHA,
         "MODEL_DIGEST": digest,
         "MODEL_VERSION": VERSION,
@@ -568,6 +581,50 @@ def test_what_is_no_address_is_told():
         pass
 
 
+@pytest.fixture
+def away(digest, unused_port) -> Release:
+    """Return a release whose image is in a registry that does not answer."""
+    image = f"127.0.0.1:{unused_port()}/flight-disruption@sha256:{'0' * 64}"
+    return make_release(SHA, VERSION, digest, image)
+
+
+def test_an_image_that_is_not_wanted_any_more_does_not_stop_a_rollback(shelf, plain, away):
+    store = Store(shelf)
+    for one in (plain, away):
+        event(store, one, "prod", "promote")
+    assert roll_back(store, "ann") == plain
+    assert read_ledger(store).current("prod") == plain
+
+
+def test_a_tag_that_cannot_follow_is_told_after_the_move(shelf, plain, strict, away, running_service: Run):
+    """Staging's image is away; neither a new release nor prod has anything to do with it."""
+    store = Store(shelf)
+    event(store, away, "staging", "promote")
+    behind = f"the ledger says that staging is {away.digest[:19]}, and that counts; only the tag staging .* is behind: "
+    with pytest.warns(release.BehindWarning, match=behind + "image registry .* does not answer"):
+        record_release(store, strict, "ann")
+    assert read_ledger(store).current("candidate") == strict
+    for one in (plain, strict):
+        event(store, one, "prod", "promote")
+    with pytest.warns(release.BehindWarning, match=behind):
+        assert roll_back(store, "ann") == plain
+    with running_service(**place(strict, shelf)) as url:
+        promote(store, strict, "staging", url, "ann")
+    assert read_ledger(store).current("staging") == strict
+
+
+def test_a_release_whose_own_image_is_away_does_not_move(shelf, plain, away):
+    store = Store(shelf)
+    for one in (away, plain):
+        event(store, one, "prod", "promote")
+    before = (shelf / LEDGER).read_bytes()
+    with pytest.raises(ReleaseError, match="does not answer"):
+        roll_back(store, "ann")
+    with pytest.raises(ReleaseError, match="does not answer"):
+        record_release(store, away, "ann")
+    assert (shelf / LEDGER).read_bytes() == before
+
+
 # --- Promotion and rollback, with real services -----------------------------------------------------------------
 
 
@@ -608,6 +665,24 @@ def test_from_candidate_to_prod_and_back(shelf, plain, strict, running_service: 
     with pytest.raises(ReleaseError, match="prod has no release before this one"):
         roll_back(store, "ann")
     assert read_registry(shelf).channels == {"candidate": VERSION, "staging": VERSION, "prod": VERSION}
+
+
+def test_a_mistake_of_whoever_asks_is_not_recorded_as_a_refusal(shelf, plain, running_service: Run, unused_port):
+    store, key = Store(shelf), "k7Qz9-mR2vXw8-Lp4tNb6"
+    record_release(store, plain, "ann")
+    before = (shelf / LEDGER).read_bytes()
+    gone = f"http://127.0.0.1:{unused_port()}"
+    with pytest.raises(ReleaseError, match=f"nothing was checked at {gone}: no answer"):
+        promote(store, plain, "staging", gone, "ann")
+    for text in ("", "127.0.0.1:8000", "staging"):
+        with pytest.raises(ReleaseError, match=f"'{text}' is not an address; write for example http://"):
+            promote(store, plain, "staging", text, "ann")
+    with running_service(**place(plain, shelf, API_KEY=key)) as url:
+        for wrong in (None, "another-key-of-16-chars"):
+            with pytest.raises(ReleaseError, match="the key is missing or wrong; set API_KEY, or, .* .secrets/API_KEY"):
+                promote(store, plain, "staging", url, "ann", wrong)
+        assert (shelf / LEDGER).read_bytes() == before
+        assert promote(store, plain, "staging", url, "ann", key).failed == []
 
 
 def test_a_promotion_that_was_overtaken_moves_nothing(shelf, plain, strict, running_service: Run, monkeypatch):

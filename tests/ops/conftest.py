@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
+from mlops_course.blueprint import MODEL_NAME, resolve_channel
 from ops.docker import missing
 from ops.image import Plan, build, build_checks, plan
+from tests.ops.live import Prometheus, watch
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +78,28 @@ def image_registry(engine: None) -> Generator[str]:
         time.sleep(0.1)
     yield host
     docker("rm", "--force", "--volumes", name)
+
+
+@pytest.fixture(scope="session")
+def prometheus_tools() -> None:
+    """Skip where Prometheus is not installed."""
+    if missing_tools := [name for name in ("prometheus", "promtool") if not shutil.which(name)]:
+        pytest.skip(f"needs {' and '.join(missing_tools)} on the PATH, of version 3")
+
+
+@pytest.fixture(scope="session")
+def watched(
+    prometheus_tools: None,
+    running_service: Callable[..., AbstractContextManager[str]],
+    unused_port: Callable[[], int],
+    splits: dict[str, pd.DataFrame],
+    artifacts_root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Generator[Prometheus]:
+    """Return a Prometheus that watches a service behind its door, while real flights of September are sent."""
+    folder, digest = resolve_channel(artifacts_root / MODEL_NAME, "prod")
+    with (
+        running_service(MODEL_URI=str(folder), MODEL_DIGEST=digest, GIT_SHA="0123456789") as url,
+        watch(url, unused_port, splits["production"], artifacts_root, tmp_path_factory.mktemp("watched")) as prometheus,
+    ):
+        yield prometheus

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -538,6 +539,26 @@ def test_a_service_that_cannot_start_is_reported_with_its_own_words(make_stack: 
     assert "Traceback" not in done.stderr
     assert broken.ops("down").returncode == 0
     assert left_over(broken.project) == []
+
+
+def test_a_door_port_that_is_taken_is_named_with_the_fix(make_stack: Callable[..., Stack]) -> None:
+    late = make_stack("late")
+    with socket.create_server(("127.0.0.1", int(late.environment["DOOR_PORT"]))):
+        done = late.ops("up", "--image", late.image, "--artifacts", str(late.artifacts))
+    assert done.returncode == 1
+    port = late.environment["DOOR_PORT"]
+    assert f"Port {port} is taken by another program; choose another: DOOR_PORT=8090 make up" in done.stderr
+    assert late.ops("down").returncode == 0
+
+
+def test_a_channel_without_a_release_starts_nothing(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
+    nothing = make_stack("nothing")
+    done = nothing.ops("up", "--channel", "prod", "--store", str(tmp_path))
+    assert done.returncode == 1
+    assert "prod points to nothing yet" in done.stderr
+    assert left_over(nothing.project) == []
+    both = nothing.ops("up", "--channel", "prod", "--image", nothing.image)
+    assert (both.returncode, "leave out --image and --dev" in both.stderr) == (2, True)
 
 
 def test_in_development_a_change_is_served_without_a_build(make_stack: Callable[..., Stack], root: Path) -> None:

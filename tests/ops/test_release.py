@@ -19,6 +19,7 @@ import ops.image
 from mlops_course import release as chapter
 from mlops_course.blueprint import MODEL_NAME, read_registry
 from mlops_course.release import (
+    CHANGES_ANSWERS,
     Store,
     asking,
     expected_of,
@@ -32,7 +33,7 @@ from mlops_course.release import (
 from mlops_course.serving import EXAMPLE
 from ops import smoke
 from ops.__main__ import cli
-from ops.image import Plan, build
+from ops.image import Plan, build, build_checks
 
 from .conftest import docker
 
@@ -100,13 +101,14 @@ def test_release_promote_rollback_history_and_env(run, artifacts, running_servic
         fine(run("promote", second, "--to", "prod", "--url", url))
     assert "THRESHOLD=0.5\n" in fine(run("env", "prod"))
     assert fine(run("rollback", "--note", "too few warnings")) == (
-        f"prod points to {first} (model 1.0.0); restart what runs there\n"
+        f"prod points to {first} (model 1.0.0); start it there: `.venv/bin/python -m ops up --channel prod`\n"
     )
     assert fine(run("env", "prod")).splitlines() == [
         "SERVICE_IMAGE=",
         f"GIT_SHA={SHA}",
         f"MODEL_DIGEST={digest}",
         "MODEL_VERSION=1.0.0",
+        *(f"{name}=" for name in CHANGES_ANSWERS),
     ]
     assert "nothing to go back to" in refused(run("rollback"))
     story = fine(run("history")).splitlines()
@@ -132,13 +134,17 @@ def test_release_promote_rollback_history_and_env(run, artifacts, running_servic
         (["release", "3.0.0", "--git-sha", SHA], "model 3.0.0 is not registered in"),
         (["release", "1.0.0", "--git-sha", "main"], "this is not a release: git_sha"),
         (["release", "1.0.0", "--git-sha", SHA, "--set", "PORT=1"], "setting PORT changes no answer"),
-        (["release", "1.0.0", "--git-sha", SHA, "--image", "a:v1"], "image: String should match pattern"),
+        (["release", "1.0.0", "--git-sha", SHA, "--image", "a:v1"], "'a:v1' is not host/name@sha256:…; push the image"),
+        (["release", "1.0.0", "--git-sha", SHA, "--set", "FOO=1"], "unknown setting FOO; those of a release: "),
+        (["release", "1.0.0", "--git-sha", SHA, "--set", "MAX_BATCH=1000"], "MAX_BATCH has its default value"),
         (
             ["promote", "sha256:12345678", "--to", "staging", "--url", "http://x"],
             "names no single release; known: none",
         ),
         (["rollback"], "prod has no release before this one"),
         (["env", "prod"], "prod points to nothing yet"),
+        (["up", "--channel", "prod"], "prod points to nothing yet"),
+        (["smoke", "--channel", "prod", "--url", "http://127.0.0.1:1"], "prod points to nothing yet"),
     ],
 )
 def test_what_is_refused_is_told_in_one_line_and_writes_nothing(run, artifacts, arguments, problem):
@@ -146,6 +152,70 @@ def test_what_is_refused_is_told_in_one_line_and_writes_nothing(run, artifacts, 
     assert problem in refused(run(*arguments))
     assert (artifacts / MODEL_NAME / "registry.json").read_bytes() == before
     assert not (artifacts / MODEL_NAME / "ledger.jsonl").exists()
+
+
+def test_the_smoke_test_proves_a_channel(run, artifacts, running_service, monkeypatch):
+    first, second = (
+        fine(run("release", "1.0.0", "--git-sha", SHA, "--quiet", *more)).strip()
+        for more in ([], ["--set", "THRESHOLD=0.5"])
+    )
+    own = {"MODEL_URI": str(artifacts / MODEL_NAME / "1.0.0"), "GIT_SHA": SHA}
+    with running_service(**own) as url:
+        fine(run("promote", first, "--to", "staging", "--url", url))
+        told = fine(run("smoke", "--url", url, "--channel", "staging"))
+        assert told.splitlines()[-1].startswith(f"staging: {first} runs there, with commit {SHA[:12]} and ")
+        # Candidate is the second release, and it is not what runs there.
+        assert "release: config is" in refused(run("smoke", "--url", url, "--channel", "candidate"))
+    with running_service(**own | {"GIT_SHA": "b" * 40}) as url:
+        assert "release: service_git_sha is bbb" in refused(run("smoke", "--url", url, "--channel", "staging"))
+    with running_service(**own, THRESHOLD="0.5") as url:
+        assert f"candidate: {second} runs there" in fine(run("smoke", "--url", url, "--channel", "candidate"))
+
+
+def test_a_tag_that_is_behind_is_a_warning_and_the_channel_moves(run, artifacts, unused_port):
+    store, digest = Store(artifacts / MODEL_NAME), read_registry(artifacts / MODEL_NAME).versions["1.0.0"]
+    plain = make_release(SHA, "1.0.0", digest)
+    away = make_release(SHA, "1.0.0", digest, f"127.0.0.1:{unused_port()}/a@sha256:{'0' * 64}")
+    for channel, made in (("staging", away), ("prod", plain), ("prod", away)):
+        chapter.append(
+            store, read_ledger(store), action="promote", by="ann", channel=channel, to=made.digest, release=made
+        )
+    told = fine(run("rollback"))
+    assert f"Warning: the ledger says that staging is {away.digest[:19]}, and that counts" in told
+    assert told.splitlines()[-1].startswith(f"prod points to {plain.digest}")
+
+
+def test_what_is_no_evidence_is_not_recorded(run, artifacts, unused_port):
+    made = fine(run("release", "1.0.0", "--git-sha", SHA, "--quiet")).strip()
+    before = (artifacts / MODEL_NAME / "ledger.jsonl").read_bytes()
+    for url in (f"http://127.0.0.1:{unused_port()}", "", "staging"):
+        assert refused(run("promote", made, "--to", "staging", "--url", url))
+    assert (artifacts / MODEL_NAME / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [["history"], ["env", "prod"], ["rollback"]])
+def test_a_store_that_does_not_answer_is_one_line(command, unused_port, monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    told = refused(CliRunner().invoke(cli, [*command, "--store", f"s3://bucket/dead-{command[0]}"]))
+    assert "the store cannot be used" in told
+    assert "AWS_ENDPOINT_URL" in told
+
+
+def test_a_store_without_credentials_is_one_line(unused_port, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    # Else the files of whoever runs this, or the machine's own address for credentials, are asked.
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused_port()}")
+    digest = ["--digest", "sha256:" + "0" * 64, "--to", str(tmp_path / "model")]
+    told = refused(CliRunner().invoke(cli, ["fetch", "s3://bucket/no-credentials/1.0.0", *digest]))
+    assert "the store cannot be used" in told
+    assert "AWS_ACCESS_KEY_ID" in told
 
 
 def test_a_setting_without_a_value_is_a_usage_error(run):
@@ -167,7 +237,9 @@ def test_the_loser_of_a_race_is_told_what_to_do(run, monkeypatch):
         raise chapter.Conflict("ledger.jsonl in here was changed by somebody else")
 
     monkeypatch.setattr(chapter, "record_release", loses)
-    assert "look at `python -m ops history`, then run this again" in refused(run("release", "1.0.0", "--git-sha", SHA))
+    assert "look at `.venv/bin/python -m ops history`, then run this again" in refused(
+        run("release", "1.0.0", "--git-sha", SHA)
+    )
 
 
 @pytest.mark.parametrize(("found", "problem"), [(f"{SHA}-dirty", "there are uncommitted changes"), (SHA, "")])
@@ -309,23 +381,41 @@ def test_an_image_that_is_gone_stops_a_rollback_before_anything_moves(images, ru
     assert tagged_digest(images[1], "prod") == images[1].partition("@")[2]
 
 
+def test_the_image_of_the_checks_is_not_released_as_the_service(images, run, image_plan, image_registry):
+    service = f"{image_registry}/flight-disruption:one"
+    checks = build_checks(service)
+    try:
+        docker("push", "--quiet", checks)
+        pushed = docker("image", "inspect", "--format", "{{index .RepoDigests 0}}", checks)
+        other = run("release", image_plan.model, "--git-sha", SHA, "--image", pushed)
+        assert "has label org.opencontainers.image.title=flight-disruption-checks" in refused(other)
+    finally:
+        docker("image", "rm", "--force", checks)
+
+
 def test_up_runs_exactly_the_release_in_the_ledger(
     images, image_plan, run, artifacts, tmp_path, unused_port, monkeypatch
 ):
-    """As an operator does it: pull the image, `env $(python -m ops env staging) python -m ops up`."""
+    """As an operator does it, `python -m ops up --channel candidate`, in a shell that has settings of its own."""
     image, project = images[0], f"flights-release-{os.getpid()}"
     pairs = ["--set", "THRESHOLD=0.5", "--set", "MAX_BATCH=50"]
     digest = fine(run("release", image_plan.model, "--git-sha", SHA, "--image", image, "--quiet", *pairs)).strip()
     tested = docker("image", "inspect", "--format", "{{.Id}}", image)
     docker("image", "rm", "--force", image)
-    docker("pull", "--quiet", image)
     key_file, port = tmp_path / "secrets" / "API_KEY", unused_port()
     own = {"COMPOSE_PROJECT_NAME": project, "DOOR_PORT": str(port), "API_KEY_FILE": str(key_file)}
-    environment = {**os.environ, **own, **variables_of(fine(run("env", "candidate")))}
-    up = [sys.executable, "-m", "ops", "up", "--env", "staging"]
+    left_behind = {"THRESHOLD": "0.9", "MAX_WAITING": "7", "SERVICE_IMAGE": "other", "MODEL_DIGEST": "sha256:short"}
+    environment = {**os.environ, **own, **left_behind}
+    ops = [sys.executable, "-m", "ops"]
+    there = ["--channel", "candidate", "--store", str(artifacts / MODEL_NAME)]
     try:
-        done = subprocess.run(up, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(
+            [*ops, "up", *there], env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
         assert done.returncode == 0, done.stdout + done.stderr
+        assert f"pulling {image} ..." in done.stdout
+        assert f"{image} is ready after" in done.stdout
+        assert ", as staging" in done.stdout
         assert docker("inspect", "--format", "{{.Image}}", f"{project}-service-1") == tested
         monkeypatch.setenv("API_KEY", key_file.read_text().strip())
         url = f"http://127.0.0.1:{port}"
@@ -335,6 +425,7 @@ def test_up_runs_exactly_the_release_in_the_ledger(
         made = find_release(read_ledger(Store(artifacts / MODEL_NAME)), digest)
         assert expected_of(made).items() <= served.items()
         assert (served["service_git_sha"], served["threshold"], refused_batch.status) == (SHA, 0.5, 422)
+        fine(run("smoke", "--channel", "candidate", "--url", url))
         fine(run("promote", digest, "--to", "staging", "--url", url))
     finally:
-        subprocess.run([*up[:3], "down"], env=environment, capture_output=True, check=True)
+        subprocess.run([*ops, "down"], env=environment, capture_output=True, check=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import ops
 from ops import smoke as command
 from ops.__main__ import cli
 
@@ -172,6 +173,30 @@ def test_without_a_service_of_its_own_the_door_is_asked(service, url, monkeypatc
     result = CliRunner().invoke(cli, ["smoke"])
     assert result.exit_code == 0, result.output
     assert f"ok: {url} serves" in result.output
+
+
+def test_the_doors_port_may_stand_in_the_file_that_compose_reads(service, url, monkeypatch, unused_port, tmp_path):
+    (tmp_path / ".env").write_text(f"DOOR_PORT={url.rpartition(':')[2]}\nAPP_ENV=staging\n")
+    monkeypatch.setattr(ops, "ROOT", tmp_path)
+    monkeypatch.setenv("PORT", str(unused_port()))
+    assert f"ok: {url} serves" in CliRunner().invoke(cli, ["smoke"]).output
+    monkeypatch.delenv("APP_ENV", raising=False)
+    assert (ops.setting("APP_ENV", "prod"), ops.setting("CHECKS_EVERY_S", "none")) == ("staging", "none")
+    monkeypatch.setenv("APP_ENV", "dev")
+    assert ops.setting("APP_ENV") == "dev"
+
+
+@pytest.mark.parametrize("path", ["/v1/model", "/v1/predict"])
+def test_a_missing_or_wrong_key_is_told_with_the_two_places_for_it(service, url, path):
+    service.status[path] = 401
+    assert_refused(
+        smoke(url), "the key is missing or wrong; set API_KEY, or, for a service on this machine, put the key"
+    )
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1:8000", "ftp://x"])
+def test_what_is_no_address_is_told(address):
+    assert_refused(smoke(address), f"'{address}' is not an address; write for example http://127.0.0.1:8000")
 
 
 def test_the_key_of_the_containers_is_used_on_this_machine_only(service, url, tmp_path):

@@ -15,6 +15,7 @@ from mlops_course.blueprint import INPUTS
 from mlops_course.serving import (
     DIRECT,
     Call,
+    FieldError,
     InvalidInput,
     Model,
     NullObserver,
@@ -27,6 +28,7 @@ from mlops_course.serving import (
     Settings,
     bounded,
     build_app,
+    reason_of,
     translated,
     turned_away,
 )
@@ -94,6 +96,7 @@ def test_the_range_of_a_number_is_the_contracts(client: TestClient, example: dic
         assert f"from {column.low:g} to {column.high:g}" in found["errors"][0]["fix"]
 
 
+NO_TIME = "is not an existing local time without offset"
 BAD_VALUES = {
     "nan": ("temperature_f", float("nan"), "is not a finite number"),
     "infinity": ("temperature_f", float("inf"), "is not a finite number"),
@@ -111,14 +114,14 @@ BAD_VALUES = {
     "a long destination": ("dest", MARK, "has the wrong form"),
     "a destination in other digits": ("dest", "١٢٣", "has the wrong form"),
     "another origin": ("origin", "BOS", "is not one of the allowed values"),
-    "an offset": ("scheduled_departure", "2013-09-12T17:29+02:00", "is not a local time without offset"),
-    "UTC": ("scheduled_departure", "2013-09-12T17:29Z", "is not a local time without offset"),
-    "a timestamp": ("scheduled_departure", 1379000000, "is not a local time without offset"),
-    "a day that is not": ("scheduled_departure", "2013-02-29T10:00", "is not a local time without offset"),
-    "the year 9999": ("scheduled_departure", "9999-12-31T23:59", "is not a local time without offset"),
-    "a date alone": ("scheduled_departure", "2013-09-12", "is not a local time without offset"),
-    "a line break at the end": ("scheduled_departure", "2013-09-12T17:29\n", "is not a local time without offset"),
-    "other digits": ("scheduled_departure", "٢٠١٣-09-12T17:29", "is not a local time without offset"),
+    "an offset": ("scheduled_departure", "2013-09-12T17:29+02:00", NO_TIME),
+    "UTC": ("scheduled_departure", "2013-09-12T17:29Z", NO_TIME),
+    "a timestamp": ("scheduled_departure", 1379000000, NO_TIME),
+    "a day that is not": ("scheduled_departure", "2013-02-29T10:00", NO_TIME),
+    "the year 9999": ("scheduled_departure", "9999-12-31T23:59", NO_TIME),
+    "a date alone": ("scheduled_departure", "2013-09-12", NO_TIME),
+    "a line break at the end": ("scheduled_departure", "2013-09-12T17:29\n", NO_TIME),
+    "other digits": ("scheduled_departure", "٢٠١٣-09-12T17:29", NO_TIME),
     "an id that is a number": ("request_id", 7, "is not text"),
 }
 
@@ -155,6 +158,20 @@ BAD_BODIES = {
 def test_a_body_that_is_no_request_is_refused(client: TestClient, path: str, content: bytes) -> None:
     found = check_problem(client.post(path, content=content, headers=JSON), 422, "invalid-input")
     assert found["errors"]
+
+
+def test_an_empty_body_is_called_empty(client: TestClient) -> None:
+    found = check_problem(client.post("/v1/predict", content=b"", headers=JSON), 422, "invalid-input")
+    assert [(e["field"], e["problem"]) for e in found["errors"]] == [("body", "is empty, so it is not JSON")]
+    assert reason_of(FieldError.model_validate(found["errors"][0])) == "not_json"
+
+
+def test_advice_does_not_name_what_the_door_hides(client: TestClient, example: dict[str, Any]) -> None:
+    """/openapi.json is 404 behind Envoy, so no answer may send a client there."""
+    unknown = client.post("/v1/predict", json={**example, "surprise": 1})
+    for answer in (unknown, client.post("/v1/predict", content=b"{", headers=JSON), client.get("/v1/nothing")):
+        assert "docs/api.md" in answer.text
+        assert "openapi.json" not in answer.text
 
 
 def test_an_unknown_field_is_refused_but_not_repeated(client: TestClient, example: dict[str, Any]) -> None:
