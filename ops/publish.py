@@ -133,11 +133,8 @@ def drill_table() -> str:
     for one in drill["faults"]:
         times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in one["expected_s"].items())
         lines.append(f"| {one['fault']} | {one['how']} | {times} | {', '.join(one['also_s'])} |")
-    lines += [
-        "",
-        f"With windows {drill['factor']:g} times as short as in production, and {drill['requests_per_second']:g} requests "
-        "a second. Nothing else fired, neither before a fault nor during it.",
-    ]
+    told = f"With windows {drill['factor']:g} times as short as in production, and {drill['requests_per_second']:g} "
+    lines += ["", told + "requests a second. Nothing else fired, neither before a fault nor during it."]
     return "\n".join(lines)
 
 
