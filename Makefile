@@ -77,8 +77,8 @@ image: setup ## Build this commit's images, print their size; ARCHIVE=FILE also 
 up: setup ## Start service, Envoy and what watches them, print the URLs; CHANNEL=prod runs that release (needs Docker)
 	$(BIN)/python -m ops up $(if $(CHANNEL),--channel "$$CHANNEL") $(if $(STORE),--store "$$STORE")
 
-down: setup ## Stop and remove these containers
-	$(BIN)/python -m ops down
+down: setup ## Stop and remove these containers; VOLUMES=1 deletes their samples too
+	$(BIN)/python -m ops down $(if $(VOLUMES),--volumes)
 
 # Values that somebody types into a form reach these commands as variables of the shell ($$X), never as its text.
 push: setup ## Push this commit's images to REGISTRY, once; ARCHIVE=FILE loads them, OUTPUT=FILE gets the digest

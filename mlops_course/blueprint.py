@@ -881,7 +881,7 @@ def point_channel(
     if channel == "prod" and version not in approved_versions():
         raise VersionError(
             f"version {version} is not approved, so it cannot go to prod; approved: "
-            f"{', '.join(approved_versions()) or 'none'} (python -m ops approve)"
+            f"{', '.join(approved_versions()) or 'none'} (.venv/bin/python -m ops approve)"
         )
     verify_artifact(root / version, registry.versions[version])
     registry.channels[channel] = version

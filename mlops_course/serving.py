@@ -813,6 +813,7 @@ class Call:
     missing: int = 0  # values that were not known; set by an observer that counts them
     unknown: int = 0  # categories that training never saw; likewise
     trace: str = ""  # the client's traceparent, if it sent one
+    synthetic: bool = False  # a check asks, not a client
     stages: tuple[float, float, float, float] | None = None  # seconds: validate, features, model, respond
 
 # %% ../chapters/03_serving.ipynb #84557c0f
@@ -985,7 +986,7 @@ def _check_batch(size: int, limit: int) -> None:
 Head = dict[bytes, bytes]  # the few headers that the service looks at
 Handler = Callable[[Runtime, Call, Head, Receive], Awaitable[Answer]]
 _BODY_HEADERS = (b"content-type", b"content-length", b"content-encoding")
-_WANTED = frozenset((*_BODY_HEADERS, b"x-request-id", b"x-api-key", b"traceparent"))
+_WANTED = frozenset((*_BODY_HEADERS, b"x-request-id", b"x-api-key", b"x-synthetic", b"traceparent"))
 
 
 def read_head(
@@ -1239,7 +1240,8 @@ def _takes(schema: str) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": _SCHEMA + schema}}}
     name = _header("X-Request-ID", "your id for this request: a UUID or 32 hex digits; wins over the body's request_id")
     trace = _header("traceparent", "W3C Trace Context, version 00; logged, and sent back with the answer")
-    return {"requestBody": {"required": True, "content": content}, "parameters": [name, trace], **_GUARDED}
+    check = _header("X-Synthetic", "`true`: a check asks, not a client; not counted as traffic of the model")
+    return {"requestBody": {"required": True, "content": content}, "parameters": [name, trace, check], **_GUARDED}
 
 
 def _header(name: str, text: str) -> dict[str, Any]:
@@ -1370,6 +1372,7 @@ def open_call(
     call = Call(scope["method"], scope["path"], time.perf_counter(), given)
     if trace := head.get(b"traceparent"):
         call.trace = accept_trace(trace.decode("latin-1"))
+    call.synthetic = head.get(b"x-synthetic") == b"true"
     return call, head
 
 # %% ../chapters/03_serving.ipynb #513aa682

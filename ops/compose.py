@@ -220,6 +220,10 @@ def up(
 
 
 @click.command(short_help="Stop and remove the containers that `up` has started.")
-def down() -> None:
-    """Stop the containers, letting requests in flight finish, and remove them with their networks."""
-    compose("down", "--remove-orphans", "--volumes")
+@click.option("--volumes", is_flag=True, help="Delete what Prometheus and Alertmanager have kept, too.")
+def down(volumes: bool) -> None:
+    """Stop the containers, letting requests in flight finish, and remove them with their networks.
+
+    The samples stay, for the objectives look back 30 days.
+    """
+    compose("down", "--remove-orphans", *(["--volumes"] if volumes else []))

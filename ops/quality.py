@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ops import ROOT, artifacts_option
+from ops import ROOT, artifacts_option, setting
+from ops.docker import docker
 from ops.replay import moment, store_option
 from ops.smoke import Failed
 
@@ -102,9 +105,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     help="Where quality.json and quality.prom go. Default: build/quality.",
 )
 @click.option("--serve", "port", type=click.IntRange(1, 65_535), help="Serve the numbers on this port of this machine.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on; in a container 0.0.0.0.")
+@click.option("--host", help="Address to serve on. Default: 127.0.0.1; with --compose the one that containers reach.")
+@click.option("--compose", is_flag=True, help="With --serve: let the Prometheus that `make up` started ask for them.")
 @click.option("--every", default=30.0, show_default=True, help="With --serve: seconds between two judgements.")
-def quality(store: Path, artifacts: Path, output: Path, port: int | None, host: str, every: float) -> None:
+def quality(
+    store: Path, artifacts: Path, output: Path, port: int | None, host: str | None, compose: bool, every: float
+) -> None:
     """Judge each model version by month, and on the latest four weeks of mature days.
 
     quality.json has everything, quality.prom the latest four weeks as Prometheus reads it (for a textfile collector).
@@ -113,12 +119,15 @@ def quality(store: Path, artifacts: Path, output: Path, port: int | None, host: 
     from mlops_course.blueprint import MODEL_NAME, canonical_json
     from mlops_course.monitoring import LabelStore, label_counts, quality_by_month, replayed_to
 
+    if compose and port is None:
+        raise click.UsageError("--compose needs --serve PORT, for example --serve 9105")
     if port is None and not store.is_file():
         raise Failed(f"{store} is not there: fill it with `python -m ops replay`")
     shelf = artifacts.resolve() / MODEL_NAME
     with closing(LabelStore(store)) as book:
         if port is not None:
-            serve(book, shelf, host, port, every)
+            with announced(port) if compose else nullcontext():
+                serve(book, shelf, host or (bridge() if compose else "127.0.0.1"), port, every)
             return
         against = references(book, shelf, {})
         months = [q for version, reference in against.items() for q in quality_by_month(book, version, reference)]
@@ -137,6 +146,28 @@ def quality(store: Path, artifacts: Path, output: Path, port: int | None, host: 
         write_atomically(output / "quality.json", canonical_json(report))
         write_atomically(output / "quality.prom", exposition(latest))
     click.echo(f"wrote quality.json and quality.prom to {output}; outcomes up to {report['replayed_to']}")
+
+
+def bridge() -> str:
+    """Return this machine's address on Docker's network; where containers live in a machine of their own, 127.0.0.1."""
+    found = docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}").strip()
+    with socket.socket() as probe:
+        try:
+            probe.bind((found, 0))
+        except OSError:
+            return "127.0.0.1"
+    return found
+
+
+@contextmanager
+def announced(port: int) -> Iterator[None]:
+    """Tell the Prometheus of docker-compose.yml where to ask, and at the end that nobody answers there any more."""
+    target = ROOT / setting("PROMETHEUS_CONFIG", "ops/prometheus") / "targets" / "quality.yml"
+    write_atomically(target, f'- targets: ["host.docker.internal:{port}"]\n'.encode())
+    try:
+        yield
+    finally:
+        target.unlink(missing_ok=True)
 
 
 def serve(store: LabelStore, shelf: Path, host: str, port: int, every: float) -> None:

@@ -93,7 +93,7 @@ def smoke(url: str, version: str | None, digest: str | None, channel: str | None
         expected = {**expected_of(release), **expected}
     times: list[float] = []
     try:
-        with asking(url, key_for(url), times) as ask:
+        with asking(url, key_for(url), times, synthetic=True) as ask:
             served = ask("GET", "/v1/model").body
             found = served.get("version") if isinstance(served, dict) else None
             checks = check(ask, expected, golden_of(found))

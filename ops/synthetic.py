@@ -45,7 +45,7 @@ def observe(url: str, requests: list[dict[str, Any]], exposed: Exposed | None = 
 
     times: list[float] = []
     try:
-        with asking(url, key_for(url), times) as ask:
+        with asking(url, key_for(url), times, synthetic=True) as ask:
             checks = synthetic(ask, requests)
     except ReleaseError as error:
         raise Failed(str(error)) from error

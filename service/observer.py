@@ -54,6 +54,8 @@ class ServiceObserver:
 
     def scored(self, call: Call, ids: Sequence[str], rows: Sequence[Row], scores: Sequence[Score]) -> None:
         """Count what came and what was answered; write a share of the predictions one by one, if that is wanted."""
+        if call.synthetic:
+            return  # the same few flights again and again: on a quiet day they would look like drift
         probabilities, disrupted = zip(*scores, strict=True)
         call.missing, call.unknown = self.metrics.model.add(rows, probabilities, disrupted)
         if self._share:
@@ -68,7 +70,9 @@ class ServiceObserver:
 
     def answered(self, call: Call) -> None:
         """Count and log one request. Without structlog's call chain, which costs more than validating a request."""
-        self.metrics.requests.add(call.route, call.method, call.status, call.seconds, call.stages, call.mistakes)
+        self.metrics.requests.add(
+            call.route, call.method, call.status, call.seconds, call.stages, call.mistakes, call.synthetic
+        )
         if self._quiet:
             return
         line: dict[str, object] = {
@@ -81,6 +85,8 @@ class ServiceObserver:
         }
         if call.trace:
             line["trace"] = call.trace
+        if call.synthetic:
+            line["synthetic"] = True
         if call.problem:
             line |= {"problem": call.problem, "mistakes": call.mistakes}
         elif call.stages:

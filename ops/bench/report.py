@@ -157,7 +157,7 @@ def worse_lines(result: Result) -> str:
         own = median(result, "service", value)
         for name, server in result["servers"].items():
             other = median(result, name, value)
-            if name in ("service", "constant") or own is None or other is None:
+            if name in ("service", "unwatched", "constant") or own is None or other is None:
                 continue
             if (other > own) if more_is_better else (other < own):
                 lines.append(
@@ -180,7 +180,7 @@ def anatomy_table(result: Result) -> str:
         "derive the features": inside["features"],
         "ONNX Runtime and the decision": inside["model"],
         "headers, key, request id, bytes of the answer": inside["silent"] - staged,
-        "the log line": inside["logged"] - inside["silent"],
+        "metrics and the log line": inside["logged"] - inside["silent"],
     }
     lines = ["| part | µs | share |", "|---|---:|---:|"]
     lines += [f"| {name} | {value:.0f} | {value / whole:.0%} |" for name, value in parts.items()]

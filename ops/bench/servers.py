@@ -38,8 +38,12 @@ class Own(Peer):
         return ROOT / "service" / "requirements.lock"
 
 
-def start_service(key: str, python: Path, artifact: Path, port: int) -> Start:
-    """Serve as in production: verified artifact, key, request ids, metrics, one log line for each request."""
+SERVICE = ("-m", "service")
+UNWATCHED = (str(Path(__file__).parent / "unwatched.py"),)
+
+
+def start_service(program: Sequence[str], key: str, python: Path, artifact: Path, port: int) -> Start:
+    """Serve as in production: verified artifact, key, request ids; `SERVICE` with metrics and a log line a request."""
     from mlops_course.blueprint import artifact_digest, read_manifest
 
     settings = {
@@ -52,7 +56,7 @@ def start_service(key: str, python: Path, artifact: Path, port: int) -> Start:
         "DRAIN_S": "0",
         "PYTHONPATH": str(ROOT),
     }
-    return [str(python), "-m", "service"], settings, ROOT
+    return [str(python), *program], settings, ROOT
 
 
 def start_constant(python: Path, port: int) -> Start:
@@ -64,13 +68,16 @@ def start_constant(python: Path, port: int) -> Start:
 def contenders(key: str) -> dict[str, Peer]:
     """Return all servers: ours, the peers, and constant bytes. `key` is the API key of ours."""
     own: Callable[..., Peer] = functools.partial(Own, single=encode, batch=flight_batch)
-    service = own(
+    ours = functools.partial(own, one="/v1/predict", many="/v1/predict/batch", probabilities=flight_probabilities)
+    service = ours(
         name="service",
         title="this service",
-        one="/v1/predict",
-        many="/v1/predict/batch",
-        probabilities=flight_probabilities,
-        command=lambda python, artifact, _, port: start_service(key, python, artifact, port),
+        command=lambda python, artifact, _, port: start_service(SERVICE, key, python, artifact, port),
+    )
+    unwatched = ours(
+        name="unwatched",
+        title="this service, without metrics and logs",
+        command=lambda python, artifact, _, port: start_service(UNWATCHED, key, python, artifact, port),
     )
     constant = own(
         name="constant",
@@ -80,7 +87,7 @@ def contenders(key: str) -> dict[str, Peer]:
         probabilities=lambda _: [],
         command=lambda python, _, __, port: start_constant(python, port),
     )
-    return {"service": service, **PEERS, "constant": constant}
+    return {"service": service, "unwatched": unwatched, **PEERS, "constant": constant}
 
 
 def install(peer: Peer, folder: Path) -> Path:

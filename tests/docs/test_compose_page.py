@@ -65,7 +65,8 @@ def test_every_command_prints_what_the_page_says(root: Path, clone: Path, unused
             check=False,
         )
     finally:
-        subprocess.run(["docker", "compose", "down"], cwd=clone, env=environment, capture_output=True, check=False)
+        end = ["docker", "compose", "down", "--volumes"]
+        subprocess.run(end, cwd=clone, env=environment, capture_output=True, check=False)
     outputs = done.stdout.split(MARK)
     assert len(outputs) == len(page) + 1, done.stderr
     for (command, expected), printed in zip(page, outputs, strict=False):

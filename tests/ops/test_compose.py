@@ -124,7 +124,7 @@ def make_stack(
 
     yield make
     for stack in made:
-        stack.ops("down")
+        stack.ops("down", "--volumes")
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +248,32 @@ def test_prometheus_reaches_everything_that_is_to_be_watched(stack: Stack) -> No
         time.sleep(0.5)
     assert published(stack, "prometheus") == {"9090/tcp": {"127.0.0.1"}}
     assert f"http://127.0.0.1:{stack.environment['PROMETHEUS_PORT']} " in stack.printed
+
+
+def test_prometheus_asks_for_the_quality_while_it_is_served(
+    stack: Stack, root: Path, tmp_path: Path, unused_port: Callable[[], int]
+) -> None:
+    """The judge runs on this machine, which has what training needs; its target comes and goes with it."""
+
+    def asked(wanted: list[str]) -> None:
+        end = time.monotonic() + 60
+        while True:
+            found = prometheus(stack, "targets")["activeTargets"]
+            if (seen := [one["health"] for one in found if one["labels"]["job"] == "quality"]) == wanted:
+                return
+            assert time.monotonic() < end, found
+            assert judge.poll() is None or not wanted, (seen, judge.stderr)
+            time.sleep(0.5)
+
+    line = [sys.executable, "-m", "ops", "quality", "--serve", str(unused_port()), "--compose"]
+    judge = subprocess.Popen([*line, "--store", str(tmp_path / "labels.sqlite")], env=stack.environment, text=True)
+    try:
+        asked(["up"])
+    finally:
+        judge.terminate()
+        assert judge.wait(30) == 0
+    assert not (root / "ops" / "prometheus" / "targets" / "quality.yml").exists()
+    asked([])
 
 
 def test_samples_are_kept_as_long_as_the_objective_and_not_without_end(stack: Stack) -> None:
@@ -439,7 +465,7 @@ def test_the_schedule_says_what_clients_get(make_stack: Callable[..., Stack]) ->
     assert watched.container("checks")["RestartCount"] == 0
     watched.docker("compose", "start", "service")
     rounds(watched, ok=True, after=len(watched.log("checks")))
-    assert watched.ops("down").returncode == 0
+    assert watched.ops("down", "--volumes").returncode == 0
     assert left_over(watched.project) == []
 
 
@@ -516,7 +542,7 @@ def test_an_alert_reaches_a_person_and_its_symptoms_do_not(
     down = [one["status"] for one in found if one["alert"] == "ServiceDown"]
     assert down[0] == "firing"
     assert down[-1] == "resolved"
-    assert alerted.ops("down").returncode == 0
+    assert alerted.ops("down", "--volumes").returncode == 0
 
 
 def test_without_the_image_of_the_checks_the_service_runs_all_the_same(make_stack: Callable[..., Stack]) -> None:
@@ -527,7 +553,7 @@ def test_without_the_image_of_the_checks_the_service_runs_all_the_same(make_stac
     assert "Not checked on a schedule: there is no image flight-disruption-checks:absent" in done.stderr
     assert "No inbox for alerts: there is no image flight-disruption-checks:absent" in done.stderr
     assert httpx.get(alone.url + "/ready").status_code == 200
-    assert alone.ops("down").returncode == 0
+    assert alone.ops("down", "--volumes").returncode == 0
 
 
 def test_a_service_that_cannot_start_is_reported_with_its_own_words(make_stack: Callable[..., Stack]) -> None:
@@ -537,7 +563,7 @@ def test_a_service_that_cannot_start_is_reported_with_its_own_words(make_stack: 
     assert done.returncode == 1
     assert "MODEL_DIGEST: should match pattern" in done.stderr
     assert "Traceback" not in done.stderr
-    assert broken.ops("down").returncode == 0
+    assert broken.ops("down", "--volumes").returncode == 0
     assert left_over(broken.project) == []
 
 
@@ -548,7 +574,7 @@ def test_a_door_port_that_is_taken_is_named_with_the_fix(make_stack: Callable[..
     assert done.returncode == 1
     port = late.environment["DOOR_PORT"]
     assert f"Port {port} is taken by another program; choose another: DOOR_PORT=8090 make up" in done.stderr
-    assert late.ops("down").returncode == 0
+    assert late.ops("down", "--volumes").returncode == 0
 
 
 def test_a_channel_without_a_release_starts_nothing(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
@@ -576,14 +602,14 @@ def test_in_development_a_change_is_served_without_a_build(make_stack: Callable[
     while loaded() == before and time.monotonic() < end:
         time.sleep(0.2)
     assert loaded() == before + 1
-    assert dev.ops("down").returncode == 0
+    assert dev.ops("down", "--volumes").returncode == 0
     assert left_over(dev.project) == []
 
 
 def test_down_leaves_nothing_behind(stack: Stack) -> None:
     """The last test of the stack."""
     assert left_over(stack.project) != []
-    done = stack.ops("down")
+    done = stack.ops("down", "--volumes")
     assert done.returncode == 0, done.stderr
     assert left_over(stack.project) == []
 

@@ -255,7 +255,7 @@ def test_the_scan_sees_a_secret_in_a_layer_even_if_it_was_deleted_later(
 
 def test_the_scan_command(built_image: str) -> None:
     done = CliRunner().invoke(cli, ["scan", built_image])
-    assert (done.exit_code, done.output) == (0, f"{built_image}: no secret found\n")
+    assert (done.exit_code, done.stdout) == (0, f"{built_image}: no secret found\n")
     absent = CliRunner().invoke(cli, ["scan", "flight-disruption:absent"])
     assert absent.exit_code == 1
     assert "No such image" in absent.output

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -50,6 +51,19 @@ def test_one_round_is_one_line(url):
     seen = json.loads(line)
     assert (seen["url"], seen["ok"], seen["failed"], seen["checks"]) == (url, True, {}, 4)
     assert seen["latency_ms"]["answers"] == 46 + 1 + 46 + 1
+
+
+def test_checks_are_no_traffic_of_the_model(url):
+    """On a quiet night they would look like drift: golden flights are unusual."""
+
+    def counted(prefix: str) -> list[str]:
+        return [line for line in httpx.get(url + "/metrics").text.splitlines() if line.startswith(prefix)]
+
+    before, checks = counted("model_predictions_total"), counted("http_synthetic_requests_total")
+    assert synthetic("--url", url).exit_code == 0
+    assert CliRunner().invoke(cli, ["smoke", "--url", url]).exit_code == 0
+    assert (len(before), counted("model_predictions_total")) == (6, before)
+    assert counted("http_synthetic_requests_total") != checks
 
 
 def test_a_failed_round_says_what_and_ends_with_1(unused_port):

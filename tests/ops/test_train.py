@@ -264,7 +264,7 @@ def test_the_advice_of_that_refusal_works(quick, monkeypatch):
     with monkeypatch.context() as changed:
         changed.setattr(training, "provenance", lambda: dirty)
         assert run("train", "--artifacts", quick / "artifacts", "--version", "1.0.0").exit_code == 0
-    assert "`python -m ops discard 1.0.0`" in approve("1.0.0", quick / "artifacts").output
+    assert "`.venv/bin/python -m ops discard 1.0.0`" in approve("1.0.0", quick / "artifacts").output
     discarded = run("discard", "1.0.0", "--artifacts", quick / "artifacts")
     assert (discarded.exit_code, discarded.output) == (0, "discarded 1.0.0\n")
     assert not (quick / "artifacts" / MODEL_NAME / "1.0.0").exists()

@@ -243,6 +243,46 @@ def test_metrics_of_a_real_process(serve: Callable[..., Any], example: dict[str,
     assert 'route="/metrics",status="200"} 1.0' in again
 
 
+# --- Checks are not traffic ---------------------------------------------------------------------------------------
+
+
+def of_the_model(client: TestClient) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
+    """Return what is counted of predictions: inputs, scores, decisions."""
+    counted = ("model_feature", "model_score", "model_missing", "model_unknown", "model_predictions")
+    return {name: found for name, found in samples(client).items() if name.startswith(counted)}
+
+
+def test_a_check_is_answered_and_timed_but_is_no_traffic_of_the_model(
+    watched: Watched, example: dict[str, Any]
+) -> None:
+    _, client, stream = watched
+    check = {"X-Synthetic": "true"}
+    odd = {**example, "dest": "XXX", "temperature_f": None}
+    before = of_the_model(client)
+    assert client.post("/v1/predict", json=odd, headers=check).status_code == 200
+    assert len(client.post("/v1/predict/batch", json={"flights": [odd] * 3}, headers=check).json()["predictions"]) == 3
+    assert of_the_model(client) == before
+    assert [line.get("synthetic") for line in lines(stream) if line["event"] == "request"][1:3] == [True, True]
+    for route in ("/v1/predict", "/v1/predict/batch"):
+        assert value(client, "http_requests_total", route=route, status="200") == 1
+        assert value(client, "http_synthetic_requests_total", route=route) == 1
+
+
+@pytest.mark.parametrize("word", ["", "1", "TRUE", "false"])
+def test_whoever_does_not_say_so_clearly_is_a_client(watched: Watched, example: dict[str, Any], word: str) -> None:
+    _, client, stream = watched
+    client.post("/v1/predict", json=example, headers={"X-Synthetic": word})
+    assert "synthetic" not in lines(stream)[-1]
+    assert value(client, "model_predictions_total") == 1
+    assert value(client, "http_synthetic_requests_total") == 0
+
+
+def test_a_refused_check_counts_as_a_check(watched: Watched) -> None:
+    _, client, _ = watched
+    assert client.post("/v1/predict", json={}, headers={"X-Synthetic": "true"}).status_code == 422
+    assert value(client, "http_synthetic_requests_total", route="/v1/predict") == 1
+
+
 # --- Traces and events --------------------------------------------------------------------------------------------
 
 
