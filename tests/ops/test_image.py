@@ -258,7 +258,7 @@ def test_the_scan_command(built_image: str) -> None:
     assert (done.exit_code, done.stdout) == (0, f"{built_image}: no secret found\n")
     absent = CliRunner().invoke(cli, ["scan", "flight-disruption:absent"])
     assert absent.exit_code == 1
-    assert "No such image" in absent.output
+    assert "there is no image flight-disruption:absent" in absent.output
 
 
 def test_the_checks_image_is_the_services_with_little_on_top(built_image: str, checks_image: str) -> None:
