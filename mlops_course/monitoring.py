@@ -2315,7 +2315,10 @@ def three_answers(facts: Summary) -> list[tuple[str, Light, str, str]]:
     for question, group in zip(list(ANSWERS)[:2], (facts.service, facts.model), strict=True):
         shade = together(one.light for one in group if one.light)
         names = [one.name for one in group if one.light == shade]
-        reason = "All figures are within their limits." if shade == "green" else f"Because of: {', '.join(names)}."
+        reason = "All figures are within their limits" if shade == "green" else f"Because of: {', '.join(names)}."
+        if shade == "green":
+            seen = facts.seen if group is facts.service and facts.seen is not None else 1.0
+            reason += "." if seen > 0.99 else f", in the {seen:.1%} of the period that was measured."
         found.append((question, shade, ANSWERS[question][shade], reason if names else "Nothing was measured."))
     question = list(ANSWERS)[2]
     shade = together([risk.light for risk in facts.risks] or ["green"])
@@ -2349,7 +2352,9 @@ def draw_line(axes: Any, name: str, points: Sequence[Point], colour: str) -> Non
     "One line, with the intervals of its points if there are any. A gap stays a gap."
     times = [datetime.fromisoformat(point.at) for point in points]
     values = [math.nan if point.value is None else point.value for point in points]
-    axes.plot(times, values, color=colour, lw=1.6, marker="o" if len(points) < 13 else "", ms=4, label=name)
+    axes.plot(
+        times, values, color=colour, lw=1.6, marker="o" if np.isfinite(values).sum() < 13 else "", ms=4, label=name
+    )
     held = [(t, p.low, p.high) for t, p in zip(times, points, strict=True) if p.low is not None and p.high is not None]
     if held:
         at, low, high = zip(*held, strict=True)
@@ -2371,8 +2376,14 @@ def finish_plot(axes: Any, plot: Plot) -> None:
     locator = AutoDateLocator(maxticks=6)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-    if len(times := sorted({point.at for points in plot.lines.values() for point in points})) < 8:
-        axes.set_xticks([datetime.fromisoformat(at) for at in times])
+    times = sorted({datetime.fromisoformat(point.at) for points in plot.lines.values() for point in points})
+    if len(times) < 8:
+        axes.set_xticks(times)
+    if times:  # the whole period, also where only its end was measured
+        around = max((times[-1] - times[0]) / 40, timedelta(hours=1))
+        axes.set_xlim(times[0] - around, times[-1] + around)
+    else:
+        axes.set_axis_off()
     if plot.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         values = [point.value for points in plot.lines.values() for point in points if point.value is not None]

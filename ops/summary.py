@@ -223,7 +223,7 @@ def watching_risks(asked: Prometheus, seen: float | None) -> Iterator[Risk]:
     if seen is not None and seen < ENOUGH_SEEN:
         yield Risk(
             light="unknown",
-            text=f"Nothing was measured for {1 - seen:.0%} of the period.".replace("%", "\N{NO-BREAK SPACE}%"),
+            text=f"Only {seen:.1%} of the period was measured.".replace("%", "\N{NO-BREAK SPACE}%"),
         )
 
 
