@@ -222,8 +222,7 @@ def watching_risks(asked: Prometheus, seen: float | None) -> Iterator[Risk]:
         yield Risk(light="red", text="The service does not answer Prometheus now.", doing="Follow the playbook.")
     if seen is not None and seen < ENOUGH_SEEN:
         yield Risk(
-            light="unknown",
-            text=f"Only {seen:.1%} of the period was measured.".replace("%", "\N{NO-BREAK SPACE}%"),
+            light="unknown", text=f"Only {seen:.1%} of the period was measured.".replace("%", "\N{NO-BREAK SPACE}%")
         )
 
 
